@@ -1,0 +1,256 @@
+"""Every error fedllm raises, each with a stable code and the exit code a shell sees.
+
+::
+
+    FedllmError                          exit  code
+    ├── ConfigError                       2    config
+    │   ├── DataError                     2    data
+    │   ├── MissingExtra                  2    extra-missing
+    │   └── BaseUnsupported               2    base-unsupported
+    ├── PolicyRefused                     3    policy-refused
+    │   ├── BudgetExhausted               3    budget-exhausted
+    │   └── BaseMismatch                  3    base-mismatch
+    ├── AuthenticationError               4    authentication
+    │   └── SignatureInvalid              4    signature-invalid
+    ├── NotFound                          5    not-found
+    ├── PeerUnavailable                  69    peer-unavailable
+    ├── NotReady                         75    not-ready
+    │   └── Overloaded                   75    overloaded
+    ├── ProtocolError                     1    protocol
+    │   ├── DecodeError                   1    decode
+    │   ├── VersionUnsupported            1    version-unsupported
+    │   └── StepMismatch                  1    step-mismatch
+    ├── IntegrityError                    1    integrity
+    │   ├── DigestMismatch                1    digest-mismatch
+    │   └── LedgerCorrupt                 1    ledger-corrupt
+    ├── NonFiniteUpdate                   1    non-finite-update
+    ├── AdapterInvalid                    1    adapter-invalid
+    ├── RoundAborted                      1    round-aborted
+    ├── AliasConflict                     1    alias-conflict
+    ├── PortBusy                          1    port-busy
+    ├── ProcessDied                       1    process-died
+    └── DiskFull                          1    disk-full
+
+A message names the thing, the value found and the value allowed; ``hint`` says what to do next. Neither
+ever holds training text, a prompt or a secret. ``docs/errors.md`` lists every code; a test compares them.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class FedllmError(Exception):
+    """Base of all errors fedllm raises on purpose.
+
+    Parameters
+    ----------
+    message : str
+        What is wrong: the thing, the value found, the value allowed.
+    hint : str, optional
+        What the reader can do next.
+    """
+
+    code: ClassVar[str] = "failed"
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(FedllmError):
+    """A setting, flag or file given by a person is wrong."""
+
+    code = "config"
+    exit_code = 2
+
+
+class DataError(ConfigError):
+    """A data set cannot be used; line numbers are named, text never is."""
+
+    code = "data"
+
+
+class MissingExtra(ConfigError):
+    """An optional part of fedllm is not installed.
+
+    Parameters
+    ----------
+    extra : str
+        The extra to install, e.g. ``client``.
+    module : str
+        The module that could not be imported.
+    """
+
+    code = "extra-missing"
+
+    def __init__(self, extra: str, module: str) -> None:
+        super().__init__(
+            f"this needs the package {module!r}, which is not installed",
+            hint=f"pip install 'fedllm[{extra}]'",
+        )
+        self.extra = extra
+        self.module = module
+
+
+class BaseUnsupported(ConfigError):
+    """A base model folder is not one that fedllm can use."""
+
+    code = "base-unsupported"
+
+
+class PolicyRefused(FedllmError):
+    """A data owner's policy, or the gate, says no."""
+
+    code = "policy-refused"
+    exit_code = 3
+
+
+class BudgetExhausted(PolicyRefused):
+    """The projected epsilon passes the owner's limit."""
+
+    code = "budget-exhausted"
+
+
+class BaseMismatch(PolicyRefused):
+    """The base model here is not the one that a plan or an adapter was made for."""
+
+    code = "base-mismatch"
+
+
+class AuthenticationError(FedllmError):
+    """Somebody is not who they say they are, or may not do what they ask."""
+
+    code = "authentication"
+    exit_code = 4
+
+
+class SignatureInvalid(AuthenticationError):
+    """A signature does not verify against the pinned key."""
+
+    code = "signature-invalid"
+
+
+class NotFound(FedllmError):
+    """A named thing does not exist."""
+
+    code = "not-found"
+    exit_code = 5
+
+
+class PeerUnavailable(FedllmError):
+    """The other side of a connection cannot be reached."""
+
+    code = "peer-unavailable"
+    exit_code = 69
+
+
+class NotReady(FedllmError):
+    """Not possible yet; the same call may work later."""
+
+    code = "not-ready"
+    exit_code = 75
+
+
+class Overloaded(NotReady):
+    """A bounded queue is full.
+
+    Parameters
+    ----------
+    message : str
+        Which limit was met and its value.
+    retry_after_s : float
+        Seconds after which a retry is sensible.
+    """
+
+    code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+
+
+class ProtocolError(FedllmError):
+    """A peer broke the round protocol."""
+
+    code = "protocol"
+
+
+class DecodeError(ProtocolError):
+    """Bytes are not the canonical encoding of the message expected."""
+
+    code = "decode"
+
+
+class VersionUnsupported(ProtocolError):
+    """A message carries a protocol version that this program does not speak."""
+
+    code = "version-unsupported"
+
+
+class StepMismatch(ProtocolError):
+    """A message belongs to another step, round or attempt than the one in progress."""
+
+    code = "step-mismatch"
+
+
+class IntegrityError(FedllmError):
+    """Stored bytes are not what they should be."""
+
+    code = "integrity"
+
+
+class DigestMismatch(IntegrityError):
+    """Content does not hash to its name."""
+
+    code = "digest-mismatch"
+
+
+class LedgerCorrupt(IntegrityError):
+    """The privacy ledger's chain does not verify."""
+
+    code = "ledger-corrupt"
+
+
+class NonFiniteUpdate(FedllmError):
+    """An update holds NaN or infinity and must not be averaged."""
+
+    code = "non-finite-update"
+
+
+class AdapterInvalid(FedllmError):
+    """An adapter's names, shapes, rank or values are not usable."""
+
+    code = "adapter-invalid"
+
+
+class RoundAborted(FedllmError):
+    """A round ended without a version; the reason is in the message and the journal."""
+
+    code = "round-aborted"
+
+
+class AliasConflict(FedllmError):
+    """An alias moved between the caller's read and its compare-and-swap."""
+
+    code = "alias-conflict"
+
+
+class PortBusy(FedllmError):
+    """A listener's address is taken."""
+
+    code = "port-busy"
+
+
+class ProcessDied(FedllmError):
+    """A supervised process ended when it should not have."""
+
+    code = "process-died"
+
+
+class DiskFull(FedllmError):
+    """There is no room for what is about to be written; nothing was left half-written."""
+
+    code = "disk-full"

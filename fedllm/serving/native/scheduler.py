@@ -1,0 +1,141 @@
+"""Which tokens to compute next: continuous batching with chunked prefill. Pure Python; no torch.
+
+Orca (OSDI '22) for iteration-level batching, Sarathi (arXiv 2308.16369) for chunked prefill. Every step takes
+one token of each decoding sequence, then fills the token budget with prompt chunks, oldest first. When blocks
+run out the youngest running sequence gives its blocks back and is recomputed later from its tokens.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from fedllm.serving.native.blocks import BlockPool
+from fedllm.serving.native.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Work:
+    """`count` tokens of one sequence, from its first uncomputed one on."""
+
+    sequence: Sequence
+    count: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether this reaches the sequence's last token, so that a next one can be sampled."""
+        return self.count == self.sequence.pending
+
+
+class Scheduler:
+    """Owns the queues and the blocks.
+
+    Parameters
+    ----------
+    pool : BlockPool
+        The KV cache's blocks.
+    max_running : int
+        Most sequences in a batch.
+    max_step_tokens : int
+        Most tokens in a step; at least `max_running`.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_running: int, max_step_tokens: int) -> None:
+        if max_step_tokens < max_running:
+            raise ValueError(f"max_step_tokens {max_step_tokens} is below max_running {max_running}")
+        self.pool = pool
+        self.max_running = max_running
+        self.max_step_tokens = max_step_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.prefix_hit_tokens = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence.
+
+        Raises
+        ------
+        ValueError
+            If it could never run; admission checks first.
+        """
+        most = len(sequence.tokens) + (0 if sequence.scoring else sequence.params.max_tokens)
+        if self.pool.needed(most, 0) > self.pool.count:
+            raise ValueError(f"sequence needs {self.pool.needed(most, 0)} blocks, there are {self.pool.count}")
+        self.waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Drop a sequence wherever it is; nothing happens if it has already ended."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Work]:
+        """Choose the next step's work and allocate its blocks."""
+        budget = self.max_step_tokens
+        chosen: list[Work] = []
+        # A sequence that is preempted below is the youngest, so it is still ahead in this walk.
+        index = 0
+        while index < len(self.running) and budget > 0:
+            sequence = self.running[index]
+            waiting_decodes = sum(s.pending == 1 for s in self.running[index + 1 :])
+            count = min(sequence.pending, max(1, budget - waiting_decodes))
+            if not self._grow(sequence, count):
+                break
+            chosen.append(Work(sequence, count))
+            budget -= count
+            index += 1
+        while self.waiting and budget > 0 and len(self.running) < self.max_running:
+            work = self._admit(self.waiting[0], budget)
+            if work is None:
+                break
+            self.running.append(self.waiting.popleft())
+            chosen.append(work)
+            budget -= work.count
+        return chosen
+
+    def finish(self, done: list[Work]) -> None:
+        """Note computed tokens, remember full blocks and free the blocks of ended sequences.
+
+        Call it after the sampled tokens were appended.
+        """
+        for work in done:
+            sequence = work.sequence
+            sequence.computed += work.count
+            root = bytes.fromhex(sequence.version)
+            self.pool.remember(root, sequence.tokens, sequence.blocks, sequence.computed)
+            if sequence.finish_reason is not None:
+                self.running.remove(sequence)
+                self._release(sequence)
+
+    def _admit(self, sequence: Sequence, budget: int) -> Work | None:
+        if not sequence.scoring:
+            sequence.blocks = self.pool.match(bytes.fromhex(sequence.version), sequence.tokens)
+            sequence.computed = sequence.cached = len(sequence.blocks) * self.pool.block_tokens
+        count = min(sequence.pending, budget)
+        need = self.pool.needed(sequence.computed + count, len(sequence.blocks))
+        if need > self.pool.free:
+            self._release(sequence)
+            return None
+        self.prefix_hit_tokens += sequence.cached
+        sequence.blocks += self.pool.allocate(need)
+        return Work(sequence, count)
+
+    def _grow(self, sequence: Sequence, count: int) -> bool:
+        need = self.pool.needed(sequence.computed + count, len(sequence.blocks))
+        while need > self.pool.free:
+            victim = self.running.pop()
+            self._release(victim)
+            self.waiting.appendleft(victim)
+            self.preemptions += 1
+            if victim is sequence:
+                return False
+        sequence.blocks += self.pool.allocate(need)
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.computed = sequence.cached = 0

@@ -1,0 +1,69 @@
+"""One request's state inside the engine. Plain data; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from fedllm.ids import Digest
+from fedllm.serving.engine import FinishReason, SamplingParams, TokenScore
+
+
+@dataclass
+class Sequence:
+    """Tokens, their blocks, and how far they are computed.
+
+    Parameters
+    ----------
+    id : int
+        Unique within the engine, ascending with arrival.
+    slot : int
+        Adapter slot, ``-1`` for the base; fixed for life.
+    version : Digest
+        What the slot holds: the key of the prefix cache.
+    tokens : list of int
+        Prompt, then output (or the tokens to score).
+    prompt_length : int
+        How many of them are the prompt.
+    params : SamplingParams
+        How to continue.
+    scoring : bool
+        Score the tokens after the prompt and generate none.
+    """
+
+    id: int
+    slot: int
+    version: Digest
+    tokens: list[int] = field(repr=False)
+    prompt_length: int
+    params: SamplingParams
+    scoring: bool = False
+    computed: int = 0
+    cached: int = 0
+    blocks: list[int] = field(default_factory=list)
+    generator: np.random.Generator | None = None
+    scores: list[TokenScore] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @property
+    def pending(self) -> int:
+        """Tokens whose keys and values are not in the cache yet; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> int:
+        """Number of output tokens."""
+        return len(self.tokens) - self.prompt_length
+
+    def append(self, token: int) -> None:
+        """Add a sampled token and note the end if it is one.
+
+        A stop token ends the sequence and is not kept.
+        """
+        if token in self.params.stop_token_ids:
+            self.finish_reason = "stop"
+            return
+        self.tokens.append(token)
+        if self.generated >= self.params.max_tokens:
+            self.finish_reason = "length"

@@ -1,0 +1,140 @@
+"""Every `lora_apply` against the naive specification."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from fedllm import kernels
+from fedllm.kernels import cpu, reference
+from fedllm.kernels.segments import build_segments
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+SHAPES = [(1, 64, (64,)), (7, 65, (33, 9, 9)), (16, 48, (31,)), (17, 48, (31, 5)), (131, 40, (24, 8, 8))]
+MIXES = ["identical", "distinct", "uniform", "skewed", "with_base", "all_base"]
+
+
+def mix(name: str, tokens: int, slots: int) -> list[int]:
+    """Return token slots for one of Punica's popularity mixes, or one that has base tokens."""
+    draw = np.random.default_rng(7)
+    if name == "identical":
+        return [2] * tokens
+    if name == "distinct":
+        return [i % slots for i in range(tokens)]
+    if name == "uniform":
+        return draw.integers(0, slots, tokens).tolist()
+    if name == "skewed":
+        return np.minimum(draw.zipf(1.5, tokens) - 1, slots - 1).tolist()
+    if name == "with_base":
+        return draw.integers(-1, slots, tokens).tolist()
+    return [-1] * tokens
+
+
+def filled_stack(slots: int, rank: int, width: int, outs: tuple[int, ...], dtype: torch.dtype):
+    """Return a stack of different true ranks and scales; slot 1 lacks its second projection."""
+    gen = torch.Generator().manual_seed(3)
+    stack = kernels.new_stack(slots, rank, width, outs, dtype=dtype, device="cpu")
+    for slot in range(slots):
+        r = 1 + slot % rank
+        factors = [
+            None
+            if slot == 1 and p == 1
+            else (
+                torch.randn(r, width, generator=gen) / width**0.5,
+                torch.randn(o, r, generator=gen) / r**0.5,
+            )
+            for p, o in enumerate(outs)
+        ]
+        kernels.write_slot(stack, slot, factors, r, 0.5 + slot)
+    return stack
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("popularity", MIXES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_reference(dtype, popularity, shape) -> None:
+    """Any mix of adapters and base, any odd shape, equals the token-by-token specification."""
+    tokens, width, outs = shape
+    stack = filled_stack(8, 5, width, outs, dtype)
+    gen = torch.Generator().manual_seed(11)
+    x = torch.randn(tokens, width, generator=gen).to(dtype)
+    y = torch.randn(tokens, sum(outs), generator=gen).to(dtype)
+    segments = build_segments(mix(popularity, tokens, 8))
+    want, got = y.clone(), y.clone()
+    reference.lora_apply(want, x, stack, segments)
+    kernels.lora_apply(got, x, stack, segments)
+    scale = max(1.0, float(want.abs().max()))
+    assert float((want - got).abs().max()) <= TOLERANCE[dtype] * scale
+    base = torch.from_numpy(segments.token_slots) == -1
+    assert torch.equal(got[base], y[base])
+
+
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_base_rows_are_not_even_touched(tokens: int) -> None:
+    """A base row keeps its exact bits, a NaN, an infinity and a negative zero included."""
+    stack = filled_stack(4, 3, 16, (12,), torch.float32)
+    slots = [-1 if t % 2 else t % 4 for t in range(tokens)]
+    y = torch.zeros(tokens, 12)
+    y[1] = float("nan")
+    y[3, 0], y[3, 1] = float("inf"), -0.0
+    before = y.clone()
+    kernels.lora_apply(y, torch.ones(tokens, 16), stack, build_segments(slots))
+    odd = torch.arange(1, tokens, 2)
+    assert torch.equal(y[odd].view(torch.int32), before[odd].view(torch.int32))
+    assert bool(torch.isfinite(y[::2]).all())
+
+
+def test_a_poisoned_neighbour_does_not_leak() -> None:
+    """One token's NaN input reaches no other token's row, in either way of computing."""
+    stack = filled_stack(4, 3, 16, (12,), torch.float32)
+    for tokens in (4, 40):
+        x = torch.ones(tokens, 16)
+        x[0] = float("nan")
+        y = torch.zeros(tokens, 12)
+        kernels.lora_apply(y, x, stack, build_segments([t % 4 for t in range(tokens)]))
+        assert bool(torch.isnan(y[0]).all())
+        assert bool(torch.isfinite(y[1:]).all())
+
+
+def test_an_overflowing_adapter_does_not_reach_its_neighbour() -> None:
+    """A hostile adapter that overflows on everyone's tokens spoils only the rows that asked for it."""
+    stack = filled_stack(2, 2, 16, (12,), torch.float32)
+    kernels.write_slot(stack, 0, [(torch.full((1, 16), 3e38), torch.full((12, 1), 3e38))], 1, 1.0)
+    for tokens in (2, 40):
+        y = torch.zeros(tokens, 12)
+        kernels.lora_apply(y, torch.ones(tokens, 16), stack, build_segments([t % 2 for t in range(tokens)]))
+        assert bool(torch.isfinite(y[1::2]).all())
+        assert not bool(torch.isfinite(y[0::2]).any())
+
+
+def test_rewriting_a_slot_leaves_nothing_behind() -> None:
+    """A smaller adapter written over a bigger one is exactly that smaller adapter."""
+    stack = filled_stack(3, 4, 8, (6,), torch.float32)
+    a, b = torch.randn(1, 8), torch.randn(6, 1)
+    kernels.write_slot(stack, 2, [(a, b)], 1, 2.0)
+    x = torch.randn(3, 8)
+    y = torch.zeros(3, 6)
+    kernels.lora_apply(y, x, stack, build_segments([2, 2, 1]))
+    assert torch.allclose(y[:2], 2.0 * (x[:2] @ a.T) @ b.T, atol=1e-5)
+    kernels.write_slot(stack, 2, [], 0, 0.0)
+    assert not stack.a_SPRD[2].any()
+    assert not stack.b_PSRO[0][2].any()
+
+
+def test_rank_above_the_stack_is_refused() -> None:
+    """A slot never takes an adapter that is wider than its storage."""
+    stack = kernels.new_stack(1, 2, 8, (6,), dtype=torch.float32, device="cpu")
+    with pytest.raises(ValueError, match="rank 3 found, the stack holds up to 2"):
+        kernels.write_slot(stack, 0, [(torch.zeros(3, 8), torch.zeros(6, 3))], 3, 1.0)
+
+
+def test_both_ways_are_exercised() -> None:
+    """The threshold really selects the stacked way for decode and segments for prefill."""
+    small = cpu.plan(build_segments([0, 1, 2]), device="cpu")
+    large = cpu.plan(build_segments([0, 1] * 20), device="cpu")
+    single = cpu.plan(build_segments([1, 1, 1]), device="cpu")
+    assert small.foreign_LS is not None
+    assert large.foreign_LS is None
+    assert single.foreign_LS is None
+    assert single.rows_L is None
