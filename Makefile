@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The base model and the demo's data are fetched once into this folder.
+export FEDLLM_CACHE ?= $(CURDIR)/.cache/fedllm
+export OMP_WAIT_POLICY ?= passive
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.PHONY: demo test check bench e2e format clean
+
+$(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## Four owners, a coordinator and an endpoint as real processes: trains, serves, prints a table
+	$(BIN)/fedllm demo $(DEMO_FLAGS)
+
+test: $(STAMP)  ## Every test that ends within 12 minutes on two cores, real processes included
+	$(BIN)/python -m pytest -q tests
+
+check: $(STAMP)  ## ruff, strict typing, import floors, lean imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/check
+
+e2e: $(STAMP)  ## The slow suite: the whole demo with the real base model, checked field by field
+	$(BIN)/python -m pytest -q tests/slow --timeout 2400
+
+bench: $(STAMP)  ## Benchmarks, each gated by a correctness check
+	$(BIN)/python -m benchmarks --quick
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,142 @@
+"""``fedllm init`` and ``fedllm owner``: an operator makes a federation and enrols owners, with files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import typer
+
+from fedllm.cli.context import COORDINATOR_FILE, coordinator_settings, pick_federation
+from fedllm.cli.output import print_json, print_line, print_table, say
+from fedllm.errors import ConfigError, NotFound
+from fedllm.identity import Roster, SigningIdentity, VerifyKey
+from fedllm.ids import OwnerId, check_alias, check_name
+from fedllm.messages.envelope import COORDINATOR
+
+KEY_FILE = "coordinator.pem"
+owners = typer.Typer(no_args_is_help=True, help="Enrol data owners: names and pinned keys.")
+
+_TEMPLATE = """\
+# A fedllm coordinator. Every key: docs/configuration.md. Values here yield to FEDLLM_* and to flags.
+[coordinator]
+port = {port}
+flower_port = {flower_port}
+
+[federation.{name}]
+base = {base}
+alias = "{alias}"
+
+# The public size each owner declared ('fedllm owner add --records'); weights and DP steps use these numbers.
+[federation.{name}.declared_records]
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the top-level command."""
+    app.command("init")(init)
+
+
+def init(
+    home: Path = typer.Argument(..., help="Folder to create."),
+    federation: str = typer.Option("tools", help="Name of the first federation."),
+    base: Path = typer.Option(..., help="Folder of the base model."),
+    alias: str = typer.Option("acme/tools", help="tenant/name that versions are published to."),
+    port: int = typer.Option(7400, help="Port of the control API."),
+    flower_port: int = typer.Option(7401, help="Port of the Flower SuperLink."),
+) -> None:
+    """Make a coordinator's folder: key, configuration, empty roster. Nothing is ever overwritten."""
+    check_name(federation, what="federation")
+    check_alias(alias)
+    if (home / COORDINATOR_FILE).exists():
+        raise ConfigError(f"{home / COORDINATOR_FILE} exists and is not overwritten", hint="choose another folder")
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    identity = SigningIdentity.create(home / KEY_FILE)
+    (home / "rosters").mkdir(exist_ok=True)
+    text = _TEMPLATE.format(
+        name=federation, base=json.dumps(str(base.absolute())), alias=alias, port=port, flower_port=flower_port
+    )
+    (home / COORDINATOR_FILE).write_text(text, encoding="utf-8")
+    say(f"wrote {home / COORDINATOR_FILE}; next: 'fedllm owner add' for each owner")
+    print_line(str(identity.public))
+
+
+@owners.command("add")
+def add(
+    owner: str = typer.Argument(..., help="Name of the owner."),
+    key: str = typer.Argument(..., help="Public key line that 'fedllm client key' printed."),
+    records: int = typer.Option(..., min=1, help="Size of the owner's data set as it declares it, publicly."),
+    home: Path = typer.Option(..., help="The coordinator's folder."),
+    federation: str | None = typer.Option(None, help="Federation, if there are several."),
+) -> None:
+    """Enrol an owner: its name, its key, its declared size. Every owner approves the new roster itself."""
+    check_name(owner, what="owner")
+    if owner == COORDINATOR:
+        raise ConfigError(f"owner {owner!r}: that name is the coordinator's own", hint="choose another")
+    _, federations, _ = coordinator_settings(home)
+    name = pick_federation(federations, federation).name
+    path = roster_file(home, name)
+    keys = {m.owner: VerifyKey(m.key) for m in Roster.load(path).members} if path.is_file() else {}
+    if OwnerId(owner) in keys:
+        raise ConfigError(f"owner {owner!r} is enrolled already", hint="names are never reused")
+    keys[OwnerId(owner)] = VerifyKey.parse(key)
+    roster = Roster.of(keys)
+    roster.save(path)
+    _declare(home, name, owner, records)
+    say(f"roster of {name}: {len(roster.members)} owners; every owner joins again with a fresh join file")
+    print_line(roster.digest)
+
+
+@owners.command("list")
+def list_owners(
+    home: Path = typer.Option(..., help="The coordinator's folder."),
+    federation: str | None = typer.Option(None, help="Federation, if there are several."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """List enrolled owners, their keys and declared sizes."""
+    _, federations, _ = coordinator_settings(home)
+    chosen = pick_federation(federations, federation)
+    roster = Roster.load(roster_file(home, chosen.name))
+    rows = [(m.owner, str(VerifyKey(m.key)), chosen.declared_records.get(m.owner)) for m in roster.members]
+    if as_json:
+        print_json({"roster": roster.digest, "owners": [{"owner": o, "key": k, "records": n} for o, k, n in rows]})
+    else:
+        print_table(f"{chosen.name}: roster {roster.digest[:12]}", ("owner", "key", "declared records"), rows)
+
+
+@owners.command("join-file")
+def join_file(
+    home: Path = typer.Option(..., help="The coordinator's folder."),
+    federation: str | None = typer.Option(None, help="Federation, if there are several."),
+) -> None:
+    """Print what an owner needs to join: federation, coordinator key, roster, address. Holds no secret."""
+    settings, federations, _ = coordinator_settings(home)
+    chosen = pick_federation(federations, federation)
+    roster = Roster.load(roster_file(home, chosen.name))
+    print_json(
+        {
+            "fedllm_join": 1,
+            "federation": chosen.name,
+            "coordinator_key": str(SigningIdentity.load(home / KEY_FILE).public),
+            "superlink": f"{settings.flower_host}:{settings.flower_port}",
+            "transport": chosen.transport,
+            "max_tokens": chosen.max_tokens,
+            "roster": {m.owner: str(VerifyKey(m.key)) for m in roster.members},
+        }
+    )
+
+
+def roster_file(home: Path, federation: str) -> Path:
+    """Return where a federation's roster lies."""
+    return home / "rosters" / f"{federation}.json"
+
+
+def _declare(home: Path, federation: str, owner: str, records: int) -> None:
+    path = home / COORDINATOR_FILE
+    header = f"[federation.{federation}.declared_records]\n"
+    text = path.read_text(encoding="utf-8")
+    if header not in text:
+        raise NotFound(
+            f"{path} has no section {header.strip()}", hint="add it, empty, at the end of the federation"
+        )
+    path.write_text(text.replace(header, f"{header}{owner} = {records}\n"), encoding="utf-8")

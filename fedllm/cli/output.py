@@ -1,0 +1,79 @@
+"""How results, errors and progress reach a person or a program."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedllm.errors import FedllmError
+
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False, soft_wrap=True)
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, sort_keys=False) + "\n")
+
+
+def print_line(text: str) -> None:
+    """Print one line of data on stdout."""
+    sys.stdout.write(text + "\n")
+
+
+def say(text: str) -> None:
+    """Tell a person something on stderr."""
+    stderr.print(text, markup=False)
+
+
+def print_table(
+    title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, console: Console = stdout
+) -> None:
+    """Print a table on stdout; numbers are right-aligned."""
+    body = [[_cell(value) for value in row] for row in rows]
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for index, column in enumerate(columns):
+        numeric = bool(body) and all(_is_number(row[index]) for row in body)
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=index == 0)
+    for row in body:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_error(error: FedllmError) -> None:
+    """Print ``error[code]: message`` and the hint on stderr."""
+    stderr.print(f"error[{error.code}]: {error.message}", markup=False, soft_wrap=True)
+    if error.hint:
+        stderr.print(f"\nhint: {error.hint}", markup=False, soft_wrap=True)
+
+
+def progress() -> Progress:
+    """Return a progress display on stderr; silent where stderr is no terminal or progress is unwanted."""
+    off = bool(os.environ.get("FEDLLM_NO_PROGRESS")) or not sys.stderr.isatty()
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(), console=stderr, disable=off,
+    )  # fmt: skip
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.3f}" if abs(value) < 100 else f"{value:.1f}"
+    return str(value)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.rstrip("%s"))
+    except ValueError:
+        return text == "-"
+    return True

@@ -1,0 +1,127 @@
+"""``fedllm serve``, ``tenant`` and ``chat``: the endpoint and who may use it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import httpx
+import typer
+
+from fedllm import telemetry
+from fedllm.cli.context import serve_settings
+from fedllm.cli.output import print_line, print_table, say
+from fedllm.clock import SystemClock
+from fedllm.errors import AuthenticationError, FedllmError, NotFound, PeerUnavailable
+
+tenants = typer.Typer(no_args_is_help=True, help="Who may ask the endpoint, and for what.")
+FILE = typer.Option(..., "--tenants", help="TOML file of tenants; keys in it are hashed.")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the top-level commands."""
+    app.command("serve")(serve)
+    app.command("chat")(chat)
+
+
+def serve(
+    config: Path | None = typer.Option(None, help="serve.toml; flags win over it."),
+    base: Path | None = typer.Option(None, help="Folder of the base model."),
+    registry: str | None = typer.Option(None, help="URL of the coordinator, or a shared registry folder."),
+    coordinator_key: str | None = typer.Option(None, help="Pinned key that versions must be signed with."),
+    tenants_file: Path | None = typer.Option(None, "--tenants", help="TOML file of tenants."),
+    host: str | None = typer.Option(None, help="Address to listen on; loopback unless told otherwise."),
+    port: int | None = typer.Option(None, help="Port of the OpenAI API."),
+    slots: int | None = typer.Option(None, help="Adapters held at once."),
+    threads: int | None = typer.Option(None, help="CPU threads of the engine."),
+    device: str | None = typer.Option(None, help="cpu or cuda."),
+    dtype: str | None = typer.Option(None, help="bfloat16 or float32."),
+) -> None:
+    """Run the endpoint until SIGTERM: OpenAI API, batched LoRA engine, hot-load of every published version."""
+    flags = {
+        "base": base, "registry": registry, "coordinator_key": coordinator_key, "tenants": tenants_file,
+        "host": host, "port": port, "slots": slots, "threads": threads, "device": device, "dtype": dtype,
+    }  # fmt: skip
+    settings, _ = serve_settings(config, flags)
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    telemetry.configure(SystemClock())
+    from fedllm.serving.app import run
+
+    run(settings)
+
+
+@tenants.command("add")
+def add(
+    name: str = typer.Argument(..., help="Name of the tenant."),
+    allow: list[str] = typer.Option(..., help="Alias the tenant may use (repeat for several)."),
+    file: Path = FILE,
+) -> None:
+    """Make a tenant; its key is printed once and stored only as a hash."""
+    from fedllm.serving.tenants import create_tenant
+
+    secret = create_tenant(file, name, allow)
+    say(f"tenant {name} may use {', '.join(allow)}; the key below is shown once")
+    print_line(secret)
+
+
+@tenants.command("list")
+def list_tenants(file: Path = FILE) -> None:
+    """List tenants and what they may use; never keys."""
+    from fedllm.serving.tenants import load_tenants
+
+    print_table(str(file), ("tenant", "aliases"), [(t.name, ", ".join(t.allow)) for t in load_tenants(file)])
+
+
+def chat(
+    model: str = typer.Argument(..., help="Alias, alias@vN or alias@digest."),
+    prompt: str = typer.Argument(..., help="What to ask."),
+    url: str = typer.Option("http://127.0.0.1:8000", help="Address of the endpoint."),
+    key_file: Path | None = typer.Option(None, help="File with the tenant key; else FEDLLM_API_KEY."),
+    max_tokens: int = typer.Option(128, help="Tokens of the answer at most."),
+) -> None:
+    """Ask an endpoint from a terminal; the answer streams to stdout, the version to stderr."""
+    key = key_file.read_text(encoding="utf-8").strip() if key_file else os.environ.get("FEDLLM_API_KEY", "")
+    if not key:
+        raise AuthenticationError(
+            "no tenant key: --key-file or FEDLLM_API_KEY", hint="'fedllm tenant add' prints one"
+        )
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt}],
+        "stream": True,
+        "max_tokens": max_tokens,
+    }
+    try:
+        with httpx.stream(
+            "POST", f"{url}/v1/chat/completions", json=body, timeout=120.0, trust_env=False,
+            headers={"Authorization": f"Bearer {key}"},
+        ) as answer:  # fmt: skip
+            if answer.is_error:
+                answer.read()
+                raise _api_error(answer)
+            fingerprint = ""
+            for line in answer.iter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                chunk = json.loads(line[6:])
+                fingerprint = chunk.get("system_fingerprint") or fingerprint
+                sys.stdout.write("".join(c["delta"].get("content") or "" for c in chunk["choices"]))
+                sys.stdout.flush()
+    except httpx.TransportError as error:
+        raise PeerUnavailable(
+            f"no endpoint answers at {url} ({type(error).__name__})", hint="'fedllm serve'"
+        ) from None
+    print_line("")
+    say(f"answered by version {fingerprint[:16]}")
+
+
+def _api_error(answer: httpx.Response) -> FedllmError:
+    try:
+        message = answer.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = f"the endpoint answered {answer.status_code}"
+    kinds: dict[int, type[FedllmError]] = {401: AuthenticationError, 403: AuthenticationError, 404: NotFound}
+    return kinds.get(answer.status_code, FedllmError)(message)
