@@ -1,0 +1,73 @@
+"""Write the reference pages that are read out of the code: errors and configuration.
+
+``python docs/generate.py`` rewrites them; a test fails when they are stale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fedllm import config, errors
+
+HERE = Path(__file__).parent
+
+
+def errors_page() -> str:
+    """Return ``errors.md``: every code, its exit code, what it means."""
+    rows = [(cls.code, cls.exit_code, cls.__name__, (cls.__doc__ or "").splitlines()[0]) for cls in _all_errors()]
+    lines = [f"| `{code}` | {exit_code} | `{name}` | {meaning} |" for code, exit_code, name, meaning in sorted(rows)]
+    return (
+        "# Errors\n\nEvery error names the thing, the value found and the value allowed, and carries a hint. "
+        "The command line prints\n`error[code]: message` on stderr and exits with the number below. No error ever "
+        "holds training text, a prompt or a secret.\n\n| code | exit | class | meaning |\n| --- | --- | --- | --- |\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def _all_errors() -> list[type[errors.FedllmError]]:
+    found = [errors.FedllmError]
+    for cls in found:
+        found += cls.__subclasses__()
+    return [cls for cls in found if cls.__module__ == "fedllm.errors"]
+
+
+def configuration_page() -> str:
+    """Return ``configuration.md``: every key of every section."""
+    sections = [
+        ("coordinator", "`<home>/fedllm.toml`", config.CoordinatorSettings),
+        ("federation.NAME", "`<home>/fedllm.toml`", config.FederationSettings),
+        ("client", "`<home>/client.toml`", config.ClientSettings),
+        ("serve", "`serve.toml`", config.ServeSettings),
+    ]
+    text = (
+        "# Configuration\n\nFlags win over `FEDLLM_<SECTION>_<KEY>` variables, those over TOML, that over defaults; "
+        "`fedllm config show HOME --origin`\nsays which one won. An unknown key is an error that names the nearest "
+        "known one. Secrets are files, never keys of these tables.\n"
+    )
+    for name, where, cls in sections:
+        text += f"\n## `[{name}]` in {where}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n"
+        for spec in dataclasses.fields(cls):
+            text += f"| `{spec.name}` | {_type(spec)} | {_default(spec)} | {spec.metadata['doc']} |\n"
+    return text
+
+
+def _type(spec: dataclasses.Field[Any]) -> str:
+    return str(spec.type).replace("|", "or")
+
+
+def _default(spec: dataclasses.Field[Any]) -> str:
+    if spec.default is not dataclasses.MISSING:
+        return f"`{spec.default!r}`"
+    if spec.default_factory is not dataclasses.MISSING:
+        return f"`{spec.default_factory()!r}`"
+    return "required"
+
+
+PAGES = {"errors.md": errors_page, "configuration.md": configuration_page}
+
+if __name__ == "__main__":
+    for page, make in PAGES.items():
+        (HERE / page).write_text(make(), encoding="utf-8")
