@@ -176,9 +176,7 @@ def settle(
         elif spec.default is not MISSING or spec.default_factory is not MISSING:
             continue
         else:
-            raise ConfigError(
-                f"[{section}] {key} is missing: {spec.metadata['doc']}", hint=f"set it, or {variable}"
-            )
+            raise ConfigError(f"[{section}] {key} is missing: {spec.metadata['doc']}", hint=f"set it, or {variable}")
         values[key] = _convert(raw, hints[key], f"[{section}] {key}", folder if origin == "toml" else None)
         sources.append(Sourced(key, values[key], origin))
     made = cls(**values)
@@ -203,9 +201,7 @@ def _convert(raw: Any, hint: Any, where: str, folder: Path | None) -> Any:
         return tuple(str(item) for item in items)
     if origin is dict:
         value_type = typing.get_args(hint)[1]
-        return {
-            str(k): _convert(v, value_type, f"{where}.{k}", None) for k, v in _expect(raw, (dict,), where).items()
-        }
+        return {str(k): _convert(v, value_type, f"{where}.{k}", None) for k, v in _expect(raw, (dict,), where).items()}
     if isinstance(hint, types.UnionType):
         raise TypeError(f"{where}: settings are not optional; give a default")
     if hint is bool:

@@ -75,9 +75,7 @@ def join(
         )
         made.save(home / "policy.toml")
     say(f"pinned coordinator {settings['coordinator_key']}")
-    say(
-        f"pinned roster {roster.digest[:16]} of {len(roster.members)}: {', '.join(m.owner for m in roster.members)}"
-    )
+    say(f"pinned roster {roster.digest[:16]} of {len(roster.members)}: {', '.join(m.owner for m in roster.members)}")
     print_line(roster.digest)
 
 

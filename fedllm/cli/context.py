@@ -81,9 +81,7 @@ def pick_federation(federations: list[FederationSettings], name: str | None) -> 
 def client_settings(home: Path, flags: dict[str, Any] | None = None) -> tuple[ClientSettings, list[Sourced]]:
     """Read ``<home>/client.toml``."""
     table = {"home": str(home.absolute()), **read_toml(home / CLIENT_FILE).get("client", {})}
-    return settle(
-        ClientSettings, "client", table=table, environ=os.environ, flags=flags or {}, folder=home.absolute()
-    )
+    return settle(ClientSettings, "client", table=table, environ=os.environ, flags=flags or {}, folder=home.absolute())
 
 
 def serve_settings(file: Path | None, flags: dict[str, Any]) -> tuple[ServeSettings, list[Sourced]]:

@@ -136,7 +136,5 @@ def _declare(home: Path, federation: str, owner: str, records: int) -> None:
     header = f"[federation.{federation}.declared_records]\n"
     text = path.read_text(encoding="utf-8")
     if header not in text:
-        raise NotFound(
-            f"{path} has no section {header.strip()}", hint="add it, empty, at the end of the federation"
-        )
+        raise NotFound(f"{path} has no section {header.strip()}", hint="add it, empty, at the end of the federation")
     path.write_text(text.replace(header, f"{header}{owner} = {records}\n"), encoding="utf-8")

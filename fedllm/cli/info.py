@@ -58,8 +58,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) ->
         return
     rows: list[tuple[str, object]] = [(k, v) for k, v in report.items() if k != "missing"]
     rows += [
-        (f"fedllm[{part}]", "complete" if not gone else "missing: " + ", ".join(gone))
-        for part, gone in parts.items()
+        (f"fedllm[{part}]", "complete" if not gone else "missing: " + ", ".join(gone)) for part, gone in parts.items()
     ]
     print_table("fedllm doctor", ("what", "found"), rows)
 

@@ -85,9 +85,7 @@ def chat(
     """Ask an endpoint from a terminal; the answer streams to stdout, the version to stderr."""
     key = key_file.read_text(encoding="utf-8").strip() if key_file else os.environ.get("FEDLLM_API_KEY", "")
     if not key:
-        raise AuthenticationError(
-            "no tenant key: --key-file or FEDLLM_API_KEY", hint="'fedllm tenant add' prints one"
-        )
+        raise AuthenticationError("no tenant key: --key-file or FEDLLM_API_KEY", hint="'fedllm tenant add' prints one")
     body = {
         "model": model,
         "messages": [{"role": "user", "content": prompt}],
@@ -111,9 +109,7 @@ def chat(
                 sys.stdout.write("".join(c["delta"].get("content") or "" for c in chunk["choices"]))
                 sys.stdout.flush()
     except httpx.TransportError as error:
-        raise PeerUnavailable(
-            f"no endpoint answers at {url} ({type(error).__name__})", hint="'fedllm serve'"
-        ) from None
+        raise PeerUnavailable(f"no endpoint answers at {url} ({type(error).__name__})", hint="'fedllm serve'") from None
     print_line("")
     say(f"answered by version {fingerprint[:16]}")
 

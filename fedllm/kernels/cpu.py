@@ -56,9 +56,7 @@ def plan(segments: Segments, *, device: str | torch.device) -> Plan:
     rows_L = None if segments.adapted == segments.tokens else torch.nonzero(slots_T >= 0).flatten()
     slots_L = slots_T if rows_L is None else slots_T[rows_L]
     foreign_LS = slots_L[:, None] != torch.arange(first, last + 1)[None, :]
-    return Plan(
-        segments, None if rows_L is None else rows_L.to(device), foreign_LS[:, :, None, None].to(device), first
-    )
+    return Plan(segments, None if rows_L is None else rows_L.to(device), foreign_LS[:, :, None, None].to(device), first)
 
 
 def apply(y_TO: Tensor, x_TD: Tensor, stack: LoraStack, chosen: Plan) -> None:

@@ -65,9 +65,7 @@ class Mechanism:
         if self.kind != "dp-sgd":
             raise ValueError(f"mechanism {self.kind!r}: dp-sgd or none allowed")
         if self.unit != UNIT_RECORD or self.relation != RELATION_ADD_REMOVE:
-            raise ValueError(
-                f"unit {self.unit!r} under {self.relation!r}: dp-sgd has unit record, add-or-remove-one"
-            )
+            raise ValueError(f"unit {self.unit!r} under {self.relation!r}: dp-sgd has unit record, add-or-remove-one")
         positive = (self.noise_multiplier, self.clip_norm, float(self.steps))
         if not all(math.isfinite(x) and x > 0 for x in positive):
             raise ValueError("noise multiplier, clip norm and steps must be positive")

@@ -6,15 +6,22 @@ request started with is what it ends with.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from types import TracebackType
+from typing import ClassVar, Literal, Protocol, Self
 
 from fedllm.adapter import AdapterState
+from fedllm.errors import ConfigError
 from fedllm.ids import Digest
 
 FinishReason = Literal["stop", "length"]
+
+
+class RequestInvalid(ConfigError):
+    """A request asks for something outside the endpoint's limits; the message names the limit."""
+
+    code: ClassVar[str] = "request-invalid"
 
 
 @dataclass(frozen=True)
@@ -100,12 +107,29 @@ class EngineStats:
     prefix_hit_tokens: int
 
 
-class Lease(AbstractContextManager["Lease"], Protocol):
-    """A version held in place for one request, from admission to its last token."""
+class Lease(Protocol):
+    """A version held in place for one request, from admission to its last token; ends with its `with` block."""
 
     @property
     def digest(self) -> Digest:
         """The version's digest; the base's digest for the base model."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class TokenStream(Protocol):
+    """Chunks of one continuation, in order. Whoever asked for it closes it."""
+
+    def __aiter__(self) -> Self: ...
+
+    async def __anext__(self) -> Chunk: ...
+
+    async def aclose(self) -> None:
+        """Cancel what is left; nothing happens after the end."""
 
 
 class Engine(Protocol):
@@ -116,8 +140,8 @@ class Engine(Protocol):
         """Content digest of the base model."""
 
     @property
-    def max_prompt_tokens(self) -> int:
-        """Longest prompt that can ever be served."""
+    def max_model_tokens(self) -> int:
+        """Most tokens of prompt and continuation together."""
 
     async def load(self, digest: Digest, state: AdapterState) -> None:
         """Put a version in a spare slot; nothing happens if it is there.
@@ -136,24 +160,26 @@ class Engine(Protocol):
         """Return the digests that can be leased now."""
 
     def pin(self, digest: Digest) -> None:
-        """Keep a loaded version from being evicted."""
+        """Keep a loaded version from being evicted; pins count."""
 
     def unpin(self, digest: Digest) -> None:
-        """Allow eviction again; nothing happens if it is not pinned."""
+        """Take one pin away; nothing happens if there is none."""
 
     async def unload(self, digest: Digest) -> None:
-        """Wait until no request uses the version, then free its slot."""
+        """Wait until no request uses the version, then free its slot, unless it is pinned by then."""
 
     def lease(self, digest: Digest) -> Lease:
         """Hold a loaded version (or the base) for one request; raise `NotFound` if it is not loaded."""
 
-    def generate(self, lease: Lease, request: GenerationRequest) -> AsyncIterator[Chunk]:
-        """Stream a continuation; closing the iterator cancels it.
+    def generate(self, lease: Lease, request: GenerationRequest) -> TokenStream:
+        """Admit a request and return its stream; close it before the lease ends.
 
         Raises
         ------
         Overloaded
             If the queue is full.
+        RequestInvalid
+            If prompt and continuation are longer than the endpoint's limit.
         """
 
     async def score(self, lease: Lease, prompt: Sequence[int], tokens: Sequence[int]) -> list[TokenScore]:

@@ -41,6 +41,7 @@ class BlockPool:
         self._key_of: dict[int, BlockKey] = {}
         self._block_of: dict[BlockKey, int] = {}
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(count))
+        self._fresh: list[int] = []
 
     @property
     def free(self) -> int:
@@ -67,7 +68,13 @@ class BlockPool:
             self._forget(block)
             self._users[block] = 1
             taken.append(block)
+        self._fresh += taken
         return taken
+
+    def take_fresh(self) -> list[int]:
+        """Return the blocks allocated since the last call: they hold somebody else's old content."""
+        fresh, self._fresh = self._fresh, []
+        return fresh
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give back one use of each block; the end of a sequence becomes reusable first.
@@ -84,27 +91,37 @@ class BlockPool:
             if self._users[block] == 0:
                 self._free[block] = None
 
-    def match(self, root: BlockKey, tokens: Sequence[int]) -> list[int]:
-        """Take a use of every cached block that begins `tokens`, leaving at least one token to compute."""
+    def match(self, root: BlockKey, tokens: Sequence[int]) -> tuple[list[int], list[BlockKey]]:
+        """Take a use of every cached block that begins `tokens`, leaving at least one token to compute.
+
+        Returns
+        -------
+        tuple of (list of int, list of bytes)
+            The blocks and their keys.
+        """
         taken: list[int] = []
-        key, size = root, self.block_tokens
+        keys: list[BlockKey] = []
+        size = self.block_tokens
         for start in range(0, len(tokens) - size, size):
-            key = chain_key(key, tokens[start : start + size])
+            key = chain_key(keys[-1] if keys else root, tokens[start : start + size])
             block = self._block_of.get(key)
             if block is None:
                 break
             self._free.pop(block, None)
             self._users[block] += 1
             taken.append(block)
-        return taken
+            keys.append(key)
+        return taken, keys
 
-    def remember(self, root: BlockKey, tokens: Sequence[int], blocks: Sequence[int], done: int) -> None:
-        """Key the blocks that the first `done` computed tokens have filled."""
-        key, size = root, self.block_tokens
-        for index in range(done // size):
-            known = self._key_of.get(blocks[index])
-            key = known or chain_key(key, tokens[index * size : (index + 1) * size])
-            if known is None and key not in self._block_of:
+    def remember(
+        self, root: BlockKey, tokens: Sequence[int], blocks: Sequence[int], keys: list[BlockKey], computed: int
+    ) -> None:
+        """Key the blocks that `computed` tokens have filled since last time, and append to `keys`."""
+        size = self.block_tokens
+        for index in range(len(keys), computed // size):
+            key = chain_key(keys[-1] if keys else root, tokens[index * size : (index + 1) * size])
+            keys.append(key)
+            if key not in self._block_of:
                 self._key_of[blocks[index]] = key
                 self._block_of[key] = blocks[index]
 

@@ -76,19 +76,21 @@ class Scheduler:
         """Choose the next step's work and allocate its blocks."""
         budget = self.max_step_tokens
         chosen: list[Work] = []
-        # A sequence that is preempted below is the youngest, so it is still ahead in this walk.
+        preempted = self.preemptions
+        decodes = sum(s.pending == 1 for s in self.running)
         index = 0
+        # `running` may shrink from its end meanwhile; what has been chosen stays, it is older.
         while index < len(self.running) and budget > 0:
             sequence = self.running[index]
-            waiting_decodes = sum(s.pending == 1 for s in self.running[index + 1 :])
-            count = min(sequence.pending, max(1, budget - waiting_decodes))
+            decodes -= sequence.pending == 1
+            count = min(sequence.pending, max(1, budget - decodes))
             if not self._grow(sequence, count):
                 break
             chosen.append(Work(sequence, count))
             budget -= count
             index += 1
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
-            work = self._admit(self.waiting[0], budget)
+            work = self._admit(self.waiting[0], budget) if preempted == self.preemptions else None
             if work is None:
                 break
             self.running.append(self.waiting.popleft())
@@ -104,23 +106,31 @@ class Scheduler:
         for work in done:
             sequence = work.sequence
             sequence.computed += work.count
-            root = bytes.fromhex(sequence.version)
-            self.pool.remember(root, sequence.tokens, sequence.blocks, sequence.computed)
-            if sequence.finish_reason is not None:
+            self.pool.remember(
+                bytes.fromhex(sequence.version),
+                sequence.tokens,
+                sequence.blocks,
+                sequence.block_keys,
+                sequence.computed,
+            )
+            if sequence.ended:
                 self.running.remove(sequence)
                 self._release(sequence)
 
     def _admit(self, sequence: Sequence, budget: int) -> Work | None:
         if not sequence.scoring:
-            sequence.blocks = self.pool.match(bytes.fromhex(sequence.version), sequence.tokens)
+            root = bytes.fromhex(sequence.version)
+            sequence.blocks, sequence.block_keys = self.pool.match(root, sequence.tokens)
             sequence.computed = sequence.cached = len(sequence.blocks) * self.pool.block_tokens
-        count = min(sequence.pending, budget)
-        need = self.pool.needed(sequence.computed + count, len(sequence.blocks))
-        if need > self.pool.free:
+        # Room for all of it and one more token is asked for, though only a chunk is taken now: admitting a
+        # long prompt that cannot finish would only push out others.
+        whole = len(sequence.tokens) + (not sequence.scoring)
+        if self.pool.needed(whole, len(sequence.blocks)) > self.pool.free:
             self._release(sequence)
             return None
         self.prefix_hit_tokens += sequence.cached
-        sequence.blocks += self.pool.allocate(need)
+        count = min(sequence.pending, budget)
+        sequence.blocks += self.pool.allocate(self.pool.needed(sequence.computed + count, len(sequence.blocks)))
         return Work(sequence, count)
 
     def _grow(self, sequence: Sequence, count: int) -> bool:
@@ -138,4 +148,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks = []
+        sequence.block_keys = []
+        if not sequence.ended:
+            sequence.scores.clear()
         sequence.computed = sequence.cached = 0

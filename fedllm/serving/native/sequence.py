@@ -10,7 +10,7 @@ from fedllm.ids import Digest
 from fedllm.serving.engine import FinishReason, SamplingParams, TokenScore
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """Tokens, their blocks, and how far they are computed.
 
@@ -42,9 +42,16 @@ class Sequence:
     computed: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
     generator: np.random.Generator | None = None
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    failure: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will be computed."""
+        return self.finish_reason is not None or self.failure is not None
 
     @property
     def pending(self) -> int:

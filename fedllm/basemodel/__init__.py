@@ -1,0 +1,1 @@
+"""Base models: known names, fetching without a hub, conversion, shape and digest of a folder."""

@@ -1,0 +1,242 @@
+"""What an owner agrees to: limits in a file of its own, checked against every plan before anything is done."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedllm.adapter import AdapterState
+from fedllm.aggregation.methods import get_method
+from fedllm.config import settle, unknown_key
+from fedllm.errors import BaseMismatch, ConfigError, DigestMismatch, NotFound, PolicyRefused, StepMismatch
+from fedllm.identity import Roster
+from fedllm.ids import Digest, OwnerId, check_digest
+from fedllm.messages.plan import RoundPlan, honest_threshold
+
+LEAST_SURVIVORS = 3
+"""Of a sum of two, each owner could subtract its own and read the other's."""
+_SECTION = "policy"
+
+
+@dataclass(frozen=True)
+class OwnerPolicy:
+    """The limits of one owner, kept in ``policy.toml`` and changed only by its own people.
+
+    Attributes
+    ----------
+    max_epsilon, delta : float
+        Refuse any round after which epsilon at `delta`, over all rounds so far, would pass `max_epsilon`.
+    allowed_bases : tuple[Digest, ...]
+        Content digests of the base models that may be fine-tuned.
+    allowed_methods : tuple[str, ...]
+    allow_without_dp : bool
+        Whether a round without differential privacy is accepted.
+    min_cohort, min_survivors : int
+        Fewer owners in a round, or in an opened sum, are refused; never under 3 survivors.
+    max_rank, max_tokens, max_local_steps : int
+        Bounds of what a plan may make this machine do.
+    """
+
+    max_epsilon: float
+    delta: float
+    allowed_bases: tuple[str, ...]
+    allowed_methods: tuple[str, ...] = ("ffa", "fedit")
+    allow_without_dp: bool = False
+    min_cohort: int = LEAST_SURVIVORS
+    min_survivors: int = LEAST_SURVIVORS
+    max_rank: int = 64
+    max_tokens: int = 4096
+    max_local_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        """Refuse limits that limit nothing."""
+        if not self.max_epsilon > 0 or not 0 < self.delta < 1:
+            raise ConfigError(f"max_epsilon {self.max_epsilon}, delta {self.delta}: positive, and in (0, 1)")
+        if self.min_cohort < LEAST_SURVIVORS or self.min_survivors < LEAST_SURVIVORS:
+            raise ConfigError(
+                f"min_cohort {self.min_cohort}, min_survivors {self.min_survivors}: {LEAST_SURVIVORS} at least",
+                hint="with two owners in a sum, each can subtract its own part and read the other's",
+            )
+        if min(self.max_rank, self.max_tokens, self.max_local_steps) < 1:
+            raise ConfigError("max_rank, max_tokens and max_local_steps must be positive")
+        for base in self.allowed_bases:
+            check_digest(base, what="allowed_bases")
+
+    @classmethod
+    def load(cls, path: Path) -> OwnerPolicy:
+        """Read ``policy.toml``.
+
+        Raises
+        ------
+        NotFound
+            If there is none: nothing is agreed to by default.
+        ConfigError
+            If it is not TOML, or a key is unknown (the nearest known one is named), missing or of a wrong type.
+        """
+        try:
+            table = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise NotFound(f"no policy at {path}", hint="'fedllm client join' writes one") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not TOML: {type(error).__name__}") from None
+        for key in table:
+            if key != _SECTION:
+                raise unknown_key(key, [_SECTION], where=str(path))
+        return _settled(table.get(_SECTION, {}), {})
+
+    def save(self, path: Path) -> None:
+        """Write the policy as TOML, whole or not at all."""
+        lines = [f"{key} = {json.dumps(value)}" for key, value in self.to_table().items()]
+        draft = path.with_suffix(".tmp")
+        draft.write_text(f"[{_SECTION}]\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        draft.replace(path)
+
+    def to_table(self) -> dict[str, Any]:
+        """Return names and values as TOML and JSON hold them."""
+        table = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in table.items()}
+
+    def with_value(self, name: str, value: str) -> OwnerPolicy:
+        """Return a policy with one limit changed; `value` is text as typed, lists are comma-separated.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such limit, or the value is not one.
+        """
+        known = [f.name for f in dataclasses.fields(self)]
+        if name not in known:
+            raise unknown_key(name, known, where="policy")
+        return _settled(self.to_table(), {name: value})
+
+
+def _settled(table: dict[str, Any], flags: dict[str, str]) -> OwnerPolicy:
+    policy, _ = settle(OwnerPolicy, _SECTION, table=table, environ={}, flags=flags)
+    return policy
+
+
+def check_plan(
+    plan: RoundPlan, policy: OwnerPolicy, *, roster: Roster, base: Digest, owner: OwnerId, last_round: int
+) -> None:
+    """Return if this owner takes part in `plan`; else raise with the thing, the value found and the value allowed.
+
+    The signature is checked before (`SignedPlan.open`), the budget after (the ledger reserves it).
+
+    Parameters
+    ----------
+    plan : RoundPlan
+    policy : OwnerPolicy
+    roster : Roster
+        This owner's own approved copy.
+    base : Digest
+        Of the base model that is loaded here.
+    owner : OwnerId
+    last_round : int
+        The last round this owner accepted; 0 for none.
+
+    Raises
+    ------
+    StepMismatch
+        If the round is not a new one.
+    BaseMismatch
+        If the plan is for another base model.
+    PolicyRefused
+        If it breaks any other limit.
+    """
+    if plan.round <= last_round:
+        raise StepMismatch(
+            f"round {plan.round} of {plan.federation!r} is not new: round {last_round} was accepted here already",
+            hint="a round is never run twice; plan a new one",
+        )
+    _check_cohort(plan, policy, roster, owner)
+    _check_base(plan, policy, base)
+    _check_privacy(plan, policy)
+    _check_work(plan, policy)
+
+
+def _check_cohort(plan: RoundPlan, policy: OwnerPolicy, roster: Roster, owner: OwnerId) -> None:
+    if plan.roster != roster.digest:
+        raise PolicyRefused(
+            f"the plan's roster is {plan.roster[:16]}, the one approved here {roster.digest[:16]}",
+            hint="compare the two rosters with the operator; approve a new one by hand",
+        )
+    strangers = sorted(set(plan.cohort) - {member.owner for member in roster.members})
+    if strangers:
+        raise PolicyRefused(f"the plan's cohort names {strangers[0]!r}, who is not in the approved roster")
+    if owner not in plan.cohort:
+        raise PolicyRefused(f"the plan's cohort does not name {owner!r}")
+    n = len(plan.cohort)
+    if n < policy.min_cohort:
+        raise PolicyRefused(f"the plan's cohort has {n} owners, at least {policy.min_cohort} are required here")
+    if not honest_threshold(n) <= plan.threshold <= n:
+        raise PolicyRefused(f"the plan's threshold is {plan.threshold} of {n}, {honest_threshold(n)} to {n} allowed")
+    least = max(LEAST_SURVIVORS, policy.min_survivors)
+    if not least <= plan.min_survivors <= n:
+        raise PolicyRefused(f"the plan opens a sum of {plan.min_survivors} owners, {least} to {n} allowed")
+
+
+def _check_base(plan: RoundPlan, policy: OwnerPolicy, base: Digest) -> None:
+    if plan.spec.base != base:
+        raise BaseMismatch(
+            f"the plan is for base model {plan.spec.base[:16]}, the one loaded here is {base[:16]}",
+            hint="point 'base' in client.toml to the model that the federation trains",
+        )
+    if base not in policy.allowed_bases:
+        raise BaseMismatch(
+            f"base model {base[:16]} is not among the {len(policy.allowed_bases)} that policy.toml allows",
+            hint=f"fedllm client policy set allowed_bases {base}",
+        )
+
+
+def _check_privacy(plan: RoundPlan, policy: OwnerPolicy) -> None:
+    mechanism = plan.mechanism
+    if mechanism.kind == "none":
+        if not policy.allow_without_dp:
+            raise PolicyRefused(
+                "the plan trains without differential privacy, dp-sgd is required here",
+                hint="fedllm client policy set allow_without_dp true, if this owner's people agree",
+            )
+        return
+    if mechanism.delta > policy.delta:
+        raise PolicyRefused(f"the plan's delta is {mechanism.delta:g}, at most {policy.delta:g} allowed")
+    if mechanism.steps != plan.recipe.steps:
+        raise PolicyRefused(
+            f"the plan charges {mechanism.steps} noisy steps and trains {plan.recipe.steps}; the two must be equal"
+        )
+
+
+def _check_work(plan: RoundPlan, policy: OwnerPolicy) -> None:
+    if plan.method not in policy.allowed_methods:
+        raise PolicyRefused(f"the plan's method is {plan.method!r}, allowed here: {', '.join(policy.allowed_methods)}")
+    get_method(plan.method).check(plan)
+    recipe = plan.recipe
+    bounds = (
+        ("rank", plan.spec.rank, policy.max_rank),
+        ("max_tokens", recipe.max_tokens, policy.max_tokens),
+        ("steps", recipe.steps, policy.max_local_steps),
+    )
+    for name, found, most in bounds:
+        if not 1 <= found <= most:
+            raise PolicyRefused(f"the plan's {name} is {found}, 1 to {most} allowed")
+    if not recipe.learning_rate > 0:
+        raise PolicyRefused(f"the plan's learning rate is {recipe.learning_rate:g}, a positive one is needed")
+
+
+def open_head(plan: RoundPlan, data: bytes) -> AdapterState:
+    """Return the global adapter that came with a plan, if it is the one that the plan names.
+
+    Raises
+    ------
+    AdapterInvalid
+        If the bytes are no adapter of the plan's spec.
+    DigestMismatch
+        If they are another adapter: owners that train from different heads would be told apart by their masks.
+    """
+    head = AdapterState.from_bytes(plan.spec, data)
+    if head.digest != plan.head:
+        raise DigestMismatch(f"the adapter that came with the plan is {head.digest[:16]}, it names {plan.head[:16]}")
+    return head

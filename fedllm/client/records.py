@@ -1,0 +1,113 @@
+"""What the daemon writes down for its own people: what left, how rounds went, which round was the last."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fedllm.clock import Clock, iso_utc
+from fedllm.errors import DiskFull, FedllmError, IntegrityError
+from fedllm.ids import sha256
+
+AUDIT_FILE = "audit.jsonl"
+ROUNDS_FILE = "rounds.jsonl"
+ACCEPTED_FILE = "accepted.json"
+
+
+def _append(path: Path, entry: dict[str, Any]) -> None:
+    line = json.dumps(entry, sort_keys=True) + "\n"
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "ab") as file:
+            file.write(line.encode())
+    except OSError as error:
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> FedllmError:
+    if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return DiskFull(f"no room to write {path}", hint="free some space; nothing left this machine meanwhile")
+    return IntegrityError(f"cannot write {path}: {error.strerror}")
+
+
+class AuditLog:
+    """One line for every message that left this machine, written before it leaves.
+
+    Parameters
+    ----------
+    path : Path
+    clock : Clock
+    """
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self._path = path
+        self._clock = clock
+
+    def sent(self, kind: str, round_number: int, data: bytes) -> None:
+        """Record a message; raise `DiskFull` or `IntegrityError` if that is impossible: then nothing may leave."""
+        entry = {"time": iso_utc(self._clock.now()), "kind": kind, "round": round_number, "bytes": len(data)}
+        _append(self._path, {**entry, "sha256": sha256(data)})
+
+
+class RoundsLog:
+    """One line for every round that ended, with this owner's own losses; private, never sent.
+
+    Parameters
+    ----------
+    path : Path
+    clock : Clock
+    """
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self._path = path
+        self._clock = clock
+
+    def ended(self, entry: dict[str, Any]) -> None:
+        """Record a round."""
+        _append(self._path, {"time": iso_utc(self._clock.now()), **entry})
+
+
+class LastAccepted:
+    """The last round accepted of each federation; survives restarts, so that no round is run twice.
+
+    Parameters
+    ----------
+    path : Path
+
+    Raises
+    ------
+    IntegrityError
+        If the file is there and is not what this class wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._rounds: dict[str, int] = {}
+        if path.exists():
+            try:
+                self._rounds = {str(k): int(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
+            except (ValueError, AttributeError, TypeError):
+                raise IntegrityError(
+                    f"{path} is damaged", hint="restore it; without it an old round could be replayed to this owner"
+                ) from None
+
+    def of(self, federation: str) -> int:
+        """Return the last round accepted, 0 for none."""
+        return self._rounds.get(federation, 0)
+
+    def accept(self, federation: str, round_number: int) -> None:
+        """Record a round, on disk before this returns."""
+        self._rounds[federation] = round_number
+        draft = self._path.with_suffix(".tmp")
+        try:
+            with draft.open("w", encoding="utf-8") as file:
+                json.dump(self._rounds, file)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(self._path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise _unwritable(self._path, error) from None

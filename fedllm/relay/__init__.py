@@ -1,0 +1,1 @@
+"""How sealed envelopes travel between coordinator and owners; what they say is none of this package's business."""

@@ -1,0 +1,1 @@
+"""The two ends of the Flower relay: they forward bytes and know nothing of what the bytes say."""

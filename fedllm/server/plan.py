@@ -1,0 +1,134 @@
+"""From a federation and the owners that are there to a `RoundPlan`: a pure function, signed by its caller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from fedllm.aggregation.methods import get_method
+from fedllm.config import FederationSettings
+from fedllm.errors import NotReady, PolicyRefused
+from fedllm.ids import OwnerId, RoundNumber
+from fedllm.messages.plan import (
+    NONCE_BYTES,
+    PLAN_VERSION,
+    RELATION_ADD_REMOVE,
+    UNIT_RECORD,
+    Mechanism,
+    Recipe,
+    Ring,
+    RoundPlan,
+    honest_threshold,
+)
+from fedllm.rng import Rng
+from fedllm.server.federation import Federation, Head
+
+LEAST_SURVIVORS = 3
+"""A sum of fewer updates is never published: with two, each owner can subtract itself and read the other."""
+
+
+def make_plan(federation: Federation, head: Head, number: int, available: Collection[OwnerId], rng: Rng) -> RoundPlan:
+    """Plan one round with the owners that are there.
+
+    Parameters
+    ----------
+    federation : Federation
+    head : Head
+        What training starts from.
+    number : int
+        The round's number; never used before.
+    available : Collection[OwnerId]
+        Owners that answered the roll call.
+    rng : Rng
+        Source of the nonce.
+
+    Raises
+    ------
+    PolicyRefused
+        If the federation's own settings allow no such round, whoever is there.
+    NotReady
+        If too few owners are there now.
+    """
+    settings = federation.settings
+    least = max(settings.min_survivors, LEAST_SURVIVORS)
+    members = [member.owner for member in federation.roster.members]
+    if settings.min_survivors < LEAST_SURVIVORS or len(members) < least:
+        raise PolicyRefused(
+            f"federation {federation.name}: {len(members)} owners, min_survivors {settings.min_survivors};"
+            f" a sum of fewer than {LEAST_SURVIVORS} updates is never published",
+            hint="add owners to the roster, and set min_survivors to 3 or more",
+        )
+    cohort = tuple(owner for owner in members if owner in set(available))
+    if len(cohort) < least:
+        absent = [owner for owner in members if owner not in cohort]
+        raise NotReady(
+            f"federation {federation.name}: {len(cohort)} of {len(members)} owners are there, {least} needed",
+            hint=f"waiting for {', '.join(absent)}; 'fedllm coordinator status' shows who is connected",
+        )
+    declared = {str(owner): settings.declared_records[owner] for owner in cohort}
+    mechanism = _mechanism(settings)
+    return RoundPlan(
+        version=PLAN_VERSION,
+        federation=federation.name,
+        round=RoundNumber(number),
+        nonce=rng.token(NONCE_BYTES),
+        cohort=cohort,
+        threshold=honest_threshold(len(cohort)),
+        min_survivors=least,
+        roster=federation.roster.digest,
+        spec=federation.spec,
+        head=head.state.digest,
+        head_version=head.version,
+        layout=federation.spec.layout(get_method(settings.method).trainable(number)).digest,
+        method=settings.method,
+        weights=_public_weights(declared) if mechanism.kind != "none" else None,
+        declared_records=declared,
+        recipe=Recipe(
+            optimizer=settings.optimizer,
+            learning_rate=settings.learning_rate,
+            steps=settings.local_steps,
+            batch_size=settings.batch_size,
+            microbatch=settings.microbatch,
+            max_tokens=settings.max_tokens,
+        ),
+        mechanism=mechanism,
+        ring=Ring(ring_bits(settings.value_bits, len(cohort)), settings.value_bits, settings.clip_range),
+        train_deadline_s=settings.train_deadline_s,
+        phase_deadline_s=settings.phase_deadline_s,
+    )
+
+
+def ring_bits(value_bits: int, owners: int) -> int:
+    """Return the smallest ring of whole bytes in which `owners` entries of `value_bits` add without wrapping.
+
+    One bit more than ``ceil(log2(owners))`` is kept, so that a sum is never at the ring's edge.
+    """
+    needed = value_bits + math.ceil(math.log2(owners)) + 1
+    for bits in (8, 16, 24, 32):
+        if bits >= needed:
+            return bits
+    raise PolicyRefused(
+        f"{owners} owners at value_bits {value_bits} need a ring of {needed} bits, 32 is the largest",
+        hint="set value_bits lower",
+    )
+
+
+def _mechanism(settings: FederationSettings) -> Mechanism:
+    if not settings.privacy:
+        return Mechanism.none()
+    return Mechanism(
+        kind="dp-sgd",
+        unit=UNIT_RECORD,
+        relation=RELATION_ADD_REMOVE,
+        noise_multiplier=settings.noise_multiplier,
+        clip_norm=settings.clip_norm,
+        sample_rate=settings.sample_rate,
+        steps=settings.local_steps,
+        delta=settings.delta,
+    )
+
+
+def _public_weights(declared: dict[str, int]) -> dict[str, float]:
+    # shares of the largest declared size, so that no weight passes 1 and none depends on a private count
+    largest = max(declared.values())
+    return {owner: count / largest for owner, count in declared.items()}

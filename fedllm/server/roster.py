@@ -1,0 +1,171 @@
+"""The roll: which carrier node speaks for which owner, and signed question and answer over a carrier.
+
+A node's word for who it is counts for nothing; the signature under its `Hello` reply, checked against the
+pinned roster, does. What does not verify is dropped and remembered as a fault: one owner (or a carrier) that
+sends garbage must not be able to stop the others' round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from fedllm import wire
+from fedllm.errors import AuthenticationError, FedllmError, ProtocolError
+from fedllm.identity import Roster, SigningIdentity
+from fedllm.ids import OwnerId
+from fedllm.messages.envelope import (
+    COORDINATOR,
+    ENVELOPE_VERSION,
+    Envelope,
+    check_reply,
+    peek_sender,
+    request_id,
+    seal,
+    unseal,
+)
+from fedllm.messages.round import Body, Hello, HelloReply, decode_body
+from fedllm.relay.carrier import Carrier
+from fedllm.rng import Rng
+
+ANYBODY = ""
+"""Receiver of a `Hello`: the coordinator does not know yet who is behind a node."""
+_CHALLENGE_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something an owner (or its way here) sent that was refused: error code and message, no content."""
+
+    owner: str
+    code: str
+    message: str
+
+
+@dataclass
+class Traffic:
+    """Bytes by owner, as carried: `up` from the owner, `down` to it."""
+
+    up: dict[str, int] = field(default_factory=dict)
+    down: dict[str, int] = field(default_factory=dict)
+
+    def count(self, owner: str, *, up: int = 0, down: int = 0) -> None:
+        """Add to an owner's counts."""
+        self.up[owner] = self.up.get(owner, 0) + up
+        self.down[owner] = self.down.get(owner, 0) + down
+
+
+class Roll:
+    """One federation's owners on one carrier.
+
+    Parameters
+    ----------
+    federation : str
+    roster : Roster
+        Pinned keys.
+    identity : SigningIdentity
+        The coordinator's.
+    carrier : Carrier
+    rng : Rng
+        Source of the challenges.
+    """
+
+    def __init__(self, federation: str, roster: Roster, identity: SigningIdentity, carrier: Carrier, rng: Rng) -> None:
+        self._federation = federation
+        self._roster = roster
+        self._identity = identity
+        self._carrier = carrier
+        self._rng = rng
+        self._nodes: dict[OwnerId, str] = {}
+        self.releases: dict[OwnerId, str] = {}
+        self.traffic = Traffic()
+        self.faults: list[Fault] = []
+
+    @property
+    def present(self) -> tuple[OwnerId, ...]:
+        """Owners bound to a node at the last roll call."""
+        return tuple(sorted(self._nodes))
+
+    def forget(self, owner: OwnerId) -> None:
+        """Unbind an owner that stopped answering; the next roll call asks its node again."""
+        self._nodes.pop(owner, None)
+
+    async def call(self, *, deadline_s: float) -> tuple[OwnerId, ...]:
+        """Say hello to every node that is not bound yet and return the owners that are there.
+
+        With the whole roster bound nobody is asked: other nodes are another federation's.
+
+        Raises
+        ------
+        PeerUnavailable
+            If the carrier itself is lost.
+        """
+        nodes = set(await self._carrier.nodes())
+        self._nodes = {owner: node for owner, node in self._nodes.items() if node in nodes}
+        strangers = sorted(nodes - set(self._nodes.values()))
+        if strangers and len(self._nodes) < len(self._roster.members):
+            challenges = {node: Hello(self._rng.token(_CHALLENGE_BYTES)) for node in strangers}
+            asked = {node: self._hello(node, hello) for node, hello in challenges.items()}
+            sealed = {node: seal(envelope, self._identity) for node, envelope in asked.items()}
+            replies = await self._carrier.exchange(sealed, deadline_s=deadline_s)
+            for node, data in sorted(replies.items()):
+                if node in asked:
+                    self._bind(node, data, asked[node], challenges[node])
+        return self.present
+
+    def _hello(self, node: str, hello: Hello) -> Envelope:
+        request = request_id("Hello", node, hello.challenge)
+        return Envelope(
+            ENVELOPE_VERSION, "Hello", self._federation, 0, COORDINATOR, ANYBODY, request, wire.encode(hello)
+        )
+
+    def _bind(self, node: str, data: bytes, asked: Envelope, hello: Hello) -> None:
+        try:
+            owner = OwnerId(peek_sender(data))
+            reply = unseal(data, self._roster.key(owner), sender=owner, receiver=COORDINATOR)
+            check_reply(reply, asked)
+            body = decode_body(reply.kind, reply.body)
+            if not isinstance(body, HelloReply):
+                raise ProtocolError(f"{owner!r} answered Hello with {reply.kind}")
+            if body.owner != owner or body.challenge != hello.challenge:
+                raise AuthenticationError(f"node {node} did not sign the challenge it was sent")
+        except FedllmError as error:
+            self.faults.append(Fault(f"node {node}", error.code, error.message))
+            return
+        self._nodes[owner] = node
+        self.releases[owner] = body.release
+
+    async def ask(self, requests: Mapping[OwnerId, Envelope], *, deadline_s: float) -> dict[OwnerId, Body]:
+        """Send every owner its request and return the answers that came in time and verify.
+
+        An owner without a node, without an answer, or with one that does not verify is missing in the result.
+
+        Raises
+        ------
+        PeerUnavailable
+            If the carrier itself is lost.
+        """
+        outbound: dict[str, bytes] = {}
+        asked: dict[str, tuple[OwnerId, Envelope]] = {}
+        for owner, envelope in requests.items():
+            node = self._nodes.get(owner)
+            if node is not None:
+                outbound[node] = seal(envelope, self._identity)
+                asked[node] = (owner, envelope)
+                self.traffic.count(owner, down=len(outbound[node]))
+        if not outbound:
+            return {}
+        answers: dict[OwnerId, Body] = {}
+        replies = await self._carrier.exchange(outbound, deadline_s=deadline_s)
+        for node, data in replies.items():
+            if node not in asked:
+                continue
+            owner, envelope = asked[node]
+            self.traffic.count(owner, up=len(data))
+            try:
+                reply = unseal(data, self._roster.key(owner), sender=owner, receiver=COORDINATOR)
+                check_reply(reply, envelope)
+                answers[owner] = decode_body(reply.kind, reply.body)
+            except FedllmError as error:
+                self.faults.append(Fault(owner, error.code, error.message))
+        return answers

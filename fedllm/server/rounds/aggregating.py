@@ -1,0 +1,89 @@
+"""AGGREGATED: from the opened sum to a candidate, and from a scored candidate to a version."""
+
+from __future__ import annotations
+
+from fedllm.adapter import AdapterState
+from fedllm.aggregation.methods import get_method
+from fedllm.aggregation.rules import Rule
+from fedllm.aggregation.vector import ScoreSum, UpdateSum
+from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD
+from fedllm.registry.model import AdapterVersion, PrivacyRecord
+from fedllm.registry.store import VersionDraft
+from fedllm.server.ports import EpsilonOf, RoundState
+from fedllm.server.rounds.context import RoundContext
+
+
+def aggregate(context: RoundContext, opened: UpdateSum, rule: Rule) -> AdapterState:
+    """Return the candidate: the head moved by the rule's step.
+
+    Raises
+    ------
+    AdapterInvalid
+        If the result is not finite.
+    """
+    context.enter(RoundState.AGGREGATED)
+    method = get_method(context.plan.method)
+    return method.apply(context.head.state, rule.apply(opened.mean), context.number)
+
+
+def add_version(
+    context: RoundContext,
+    candidate: AdapterState,
+    opened: UpdateSum,
+    scores: ScoreSum | None,
+    *,
+    train_s: float,
+    epsilon_of: EpsilonOf,
+) -> AdapterVersion:
+    """Add the candidate to the registry and name it in the journal; doing it again changes nothing.
+
+    It is added after the owners scored it, so that the signed manifest, which never changes, says how good it
+    is. Whether it is published is another question.
+
+    Parameters
+    ----------
+    scores : ScoreSum or None
+        None when too few owners scored it.
+    train_s : float
+        Wall seconds of the slowest owner's training.
+    """
+    plan = context.plan
+    metrics = {"train_s": train_s, "saturated": opened.saturated}
+    if opened.train_loss is not None:
+        metrics["train_loss"] = opened.train_loss
+    if scores is not None:
+        metrics |= {
+            "head_loss": scores.head_loss,
+            "candidate_loss": scores.candidate_loss,
+            "delta_std": scores.delta_std,
+            "scored_by": float(scores.owners),
+        }
+    draft = VersionDraft(
+        federation=context.name,
+        base_name=context.federation.settings.base.name,
+        parent=plan.head_version,
+        round=context.number,
+        method=plan.method,
+        recipe=plan.recipe,
+        metrics=metrics,
+        privacy=privacy_record(context, epsilon_of),
+        cohort_size=len(plan.cohort),
+        survivors=opened.owners,
+        plan=plan.digest,
+    )
+    version = context.registry.add(candidate, draft, context.identity)
+    context.journal.add_version(context.name, context.number, version.digest)
+    return version
+
+
+def privacy_record(context: RoundContext, epsilon_of: EpsilonOf) -> PrivacyRecord:
+    """Return the advisory statement: every round planned so far, aborted ones included, composed."""
+    mechanisms = [r.plan.mechanism for r in context.journal.rounds(context.name) if r.number <= context.number]
+    return PrivacyRecord(
+        unit=UNIT_RECORD,
+        relation=RELATION_ADD_REMOVE,
+        epsilon=epsilon_of(mechanisms),
+        delta=context.federation.settings.delta,
+        covers=f"each owner's training records over rounds 1 to {context.number}; held-out scores are outside it",
+        source="advisory",
+    )

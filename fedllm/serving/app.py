@@ -1,0 +1,155 @@
+"""Composition root of the endpoint: settings in, a serving process out."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedllm.basemodel.inspect import open_base
+from fedllm.clock import Clock, SystemClock
+from fedllm.config import ServeSettings
+from fedllm.errors import MissingExtra, PortBusy
+from fedllm.identity import VerifyKey
+from fedllm.registry.model import VersionSource
+from fedllm.registry.remote import HttpVersionSource, LocalVersionSource
+from fedllm.rng import OsRng
+from fedllm.serving.metrics import Counters
+from fedllm.serving.tenants import TenantFile
+from fedllm.serving.text import TextCodec
+from fedllm.serving.versions import Versions
+from fedllm.serving.watch import AliasWatcher
+from fedllm.telemetry import event
+
+if TYPE_CHECKING:
+    import uvicorn
+
+_LOG = logging.getLogger("fedllm.serving")
+_DRAIN_S = 30
+
+
+def run(settings: ServeSettings) -> None:
+    """Serve until SIGTERM or SIGINT, then let running requests end.
+
+    Parameters
+    ----------
+    settings : ServeSettings
+        See `fedllm.config`.
+
+    Raises
+    ------
+    PortBusy
+        If the address is taken.
+    BaseUnsupported
+        If the base folder is not one that the engine computes exactly.
+    ConfigError, NotFound
+        If the key, the tenants file or the registry is unusable.
+    MissingExtra
+        If ``fedllm[serve]`` is not installed.
+    """
+    try:
+        import torch
+        import uvicorn
+    except ModuleNotFoundError as error:
+        raise MissingExtra("serve", error.name or "torch") from None
+    event(_LOG, "starting", torch=torch.__version__, uvicorn=uvicorn.__version__, threads=settings.threads)
+    torch.set_num_threads(settings.threads)
+    with _listen(settings.host, settings.port) as listener:
+        asyncio.run(_serve(settings, listener))
+
+
+def open_source(registry: str, key: VerifyKey, clock: Clock) -> VersionSource:
+    """Return a reader of a coordinator's URL, or of a shared registry folder."""
+    if registry.startswith(("http://", "https://")):
+        return HttpVersionSource(registry, key)
+    return LocalVersionSource(Path(registry), key, clock)
+
+
+async def _serve(settings: ServeSettings, listener: socket.socket) -> None:
+    import uvicorn
+
+    from fedllm.serving.api import Endpoint, create_app
+    from fedllm.serving.native.engine import EngineLimits, open_engine
+
+    clock, rng, counters = SystemClock(), OsRng(), Counters()
+    tenants = TenantFile(settings.tenants)
+    source = open_source(settings.registry, VerifyKey.parse(settings.coordinator_key), clock)
+    codec = TextCodec(settings.base)
+    limits = EngineLimits(
+        slots=settings.slots,
+        max_rank=settings.max_rank,
+        kv_blocks=settings.kv_blocks,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+    )
+    engine = await open_engine(
+        settings.base,
+        base=open_base(settings.base).digest,
+        limits=limits,
+        rng=rng,
+        dtype=settings.dtype,
+        device=settings.device,
+    )
+    versions = Versions(engine, source, settings.base.resolve().name)
+    watcher = AliasWatcher(source, engine, versions, counters, clock)
+    app = create_app(Endpoint(engine, versions, watcher, codec, tenants, counters, clock, rng))
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=_DRAIN_S,
+    )
+    watching = asyncio.create_task(watcher.run())
+    event(_LOG, "listening", host=settings.host, port=listener.getsockname()[1], base=versions.base_name)
+    try:
+        await _serve_until_signalled(uvicorn.Server(config), listener)
+    finally:
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
+        await engine.close()
+    event(_LOG, "stopped")
+
+
+async def _serve_until_signalled(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT; a second one does not wait for running requests.
+
+    uvicorn's own handlers raise the signal again when it has drained, which would end this process before the
+    engine is closed; they are taken back as soon as it is up.
+    """
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn offers no event
+        await asyncio.sleep(0.01)
+
+    def drain() -> None:
+        event(_LOG, "draining", seconds_at_most=0 if server.should_exit else _DRAIN_S)
+        server.force_exit = server.should_exit
+        server.should_exit = True
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, drain)
+    await serving
+
+
+@contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    """Bind before the model is loaded, so that a taken port is known at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise PortBusy(f"port {port} on {host} is taken", hint="choose another with --port") from None
+        yield listener

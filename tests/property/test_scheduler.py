@@ -1,0 +1,100 @@
+"""The scheduler finishes everything, within its limits, and leaks no block."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedllm.ids import sha256
+from fedllm.serving.engine import SamplingParams
+from fedllm.serving.native.blocks import BlockPool
+from fedllm.serving.native.scheduler import Scheduler, Work
+from fedllm.serving.native.sequence import Sequence
+
+VERSIONS = (sha256(b"a"), sha256(b"b"))
+REQUEST = st.tuples(
+    st.integers(1, 14),  # prompt
+    st.integers(1, 8),  # output
+    st.integers(0, 1),  # version
+    st.booleans(),  # scoring
+    st.one_of(st.none(), st.integers(0, 12)),  # cancelled at this step
+    st.integers(0, 5),  # arrives at this step
+)
+
+
+def make(index: int, prompt: int, output: int, version: int, scoring: bool) -> Sequence:
+    """Return a sequence whose text is often the beginning of another's."""
+    tokens = [i % 3 for i in range(prompt + (output if scoring else 0))]
+    params = SamplingParams(max_tokens=1 if scoring else output)
+    return Sequence(index, version, VERSIONS[version], tokens, prompt, params, scoring)
+
+
+def compute(item: Work, token: int) -> None:
+    """Stand in for the model: a completed sequence gets a token, or ends if it is scored."""
+    if item.completes and item.sequence.scoring:
+        item.sequence.finish_reason = "stop"
+    elif item.completes:
+        item.sequence.append(token)
+
+
+@given(st.lists(REQUEST, max_size=8), st.integers(1, 4), st.integers(0, 6), st.integers(8, 14))
+@settings(deadline=None, max_examples=200)
+def test_everything_finishes_and_no_block_leaks(requests, max_running, extra_budget, blocks) -> None:
+    """Whatever arrives, is preempted or cancelled: budgets hold, all others end complete, all blocks return."""
+    pool = BlockPool(blocks, 3)
+    scheduler = Scheduler(pool, max_running=max_running, max_step_tokens=max_running + extra_budget)
+    sequences = [make(i, *request[:4]) for i, request in enumerate(requests)]
+    cancelled: set[int] = set()
+    for step in range(1000):
+        for sequence, request in zip(sequences, requests, strict=True):
+            if request[5] == step:
+                scheduler.add(sequence)
+            if request[4] == step and not sequence.ended:
+                cancelled.add(sequence.id)
+                scheduler.cancel(sequence)
+        work = scheduler.schedule()
+        assert sum(item.count for item in work) <= scheduler.max_step_tokens
+        assert len(scheduler.running) <= max_running
+        held = Counter(block for s in scheduler.running for block in s.blocks)
+        assert [held[b] for b in range(blocks)] == pool._users
+        for item in work:
+            assert 1 <= item.count <= item.sequence.pending
+            assert len(item.sequence.blocks) * 3 >= item.sequence.computed + item.count
+            compute(item, step % 3)
+        scheduler.finish(work)
+        if step > 12 and not scheduler.running and not scheduler.waiting:
+            break
+        assert work or step <= 12
+    assert pool.free == blocks
+    for sequence, request in zip(sequences, requests, strict=True):
+        late_cancel = request[4] is not None and request[4] < request[5]
+        if sequence.id not in cancelled or late_cancel:
+            assert sequence.finish_reason is not None
+            assert sequence.scoring or sequence.generated == request[1]
+
+
+def test_decodes_are_not_held_up_by_a_long_prompt() -> None:
+    """While a long prompt is computed in chunks, a decoding stream gets its token in every step."""
+    scheduler = Scheduler(BlockPool(100, 4), max_running=4, max_step_tokens=8)
+    short, long = make(0, 1, 20, 0, scoring=False), make(1, 60, 1, 1, scoring=False)
+    for sequence in (short, long):
+        scheduler.add(sequence)
+    for step in range(8):
+        work = scheduler.schedule()
+        assert short in [item.sequence for item in work]
+        for item in work:
+            if item.completes:
+                item.sequence.append(step)
+        scheduler.finish(work)
+    assert short.generated == 8
+    assert long.computed >= 8 * 6
+
+
+def test_a_request_that_can_never_fit_is_refused() -> None:
+    """It would otherwise wait for ever and block the queue."""
+    scheduler = Scheduler(BlockPool(2, 4), max_running=1, max_step_tokens=4)
+    with pytest.raises(ValueError, match="needs 3 blocks, there are 2"):
+        scheduler.add(make(0, 5, 4, 0, scoring=False))

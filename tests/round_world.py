@@ -1,0 +1,254 @@
+"""A federation in memory: real keys, real secure aggregation, toy updates, a carrier that can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from fedllm import wire
+from fedllm.adapter import AdapterSpec, AdapterState
+from fedllm.aggregation.methods import get_method
+from fedllm.aggregation.secagg.owner import SecAggOwner
+from fedllm.aggregation.vector import OwnerScores, ScoreVector, UpdateTail, UpdateVector
+from fedllm.clock import FakeClock
+from fedllm.config import FederationSettings
+from fedllm.errors import FedllmError
+from fedllm.identity import Roster, SigningIdentity, VerifyKey
+from fedllm.ids import Digest, OwnerId, sha256
+from fedllm.messages.envelope import COORDINATOR, ENVELOPE_VERSION, Envelope, seal, unseal
+from fedllm.messages.plan import Mechanism, RoundPlan
+from fedllm.messages.round import (
+    Advertised,
+    Begin,
+    Body,
+    Close,
+    Closed,
+    Confirm,
+    Confirmed,
+    Evaluate,
+    FetchAdvertise,
+    FetchScores,
+    Hello,
+    HelloReply,
+    Masked,
+    Pending,
+    Refused,
+    Scoring,
+    SendMasked,
+    SharedKeys,
+    ShareKeys,
+    Started,
+    Unmask,
+    Unmasked,
+    decode_body,
+)
+from fedllm.messages.secagg import PURPOSE_EVALUATION, PURPOSE_UPDATE
+from fedllm.registry.store import Registry
+from fedllm.rng import SeededRng
+from fedllm.server.federation import Federation
+from fedllm.server.gate import ScoreGate
+from fedllm.server.journal import Journal
+from fedllm.server.ports import Gate, RoundEvent
+from fedllm.server.roster import ANYBODY, Roll
+from fedllm.server.rounds.runner import RoundRunner
+
+OWNERS = ("east", "north", "south", "west")
+SPEC = AdapterSpec(Digest("ab" * 32), 2, 4, {"q_proj": (6, 4)}, (0, 1))
+
+
+@dataclass
+class Agent:
+    """One owner's side of the protocol, with a toy update: every B entry moves by `step`."""
+
+    owner: OwnerId
+    identity: SigningIdentity
+    roster: Roster
+    coordinator: VerifyKey
+    step: float = 0.01
+    polls: int = 2
+    refuse: Refused | None = None
+    losses: tuple[float, float] = (1.0, 2.0)
+    begun: list[Digest] = field(default_factory=list)
+    closed: list[str] = field(default_factory=list)
+    seen: dict[bytes, bytes] = field(default_factory=dict)
+    machines: dict[str, SecAggOwner] = field(default_factory=dict)
+
+    async def deliver(self, data: bytes) -> bytes:
+        """Answer one sealed request; the same request gets the same answer."""
+        try:
+            request = unseal(data, self.coordinator, sender=COORDINATOR, receiver=self.owner)
+        except FedllmError:
+            request = unseal(data, self.coordinator, sender=COORDINATOR, receiver=ANYBODY)
+        if request.request in self.seen:
+            return self.seen[request.request]
+        try:
+            body = self._answer(request, decode_body(request.kind, request.body))
+        except FedllmError as error:
+            body = Refused(error.code, error.message, error.hint)
+        reply = Envelope(
+            ENVELOPE_VERSION, type(body).__name__, request.federation, request.round, self.owner, COORDINATOR,
+            request.request, wire.encode(body),
+        )  # fmt: skip
+        sealed = seal(reply, self.identity)
+        if not isinstance(body, Pending | Refused):
+            self.seen[request.request] = sealed
+        return sealed
+
+    def _answer(self, request: Envelope, body: Body) -> Body:
+        if isinstance(body, Hello):
+            return HelloReply(self.owner, body.challenge, "test")
+        if isinstance(body, Close):
+            self.closed.append(body.outcome)
+            for machine in self.machines.values():
+                machine.close()
+            return Closed()
+        if isinstance(body, Begin):
+            if self.refuse is not None:
+                return self.refuse
+            return self._begin(body)
+        if isinstance(body, FetchAdvertise):
+            self._left -= 1
+            if self._left > 0:
+                return Pending("training", 1, 2, 3.0)
+            return Advertised(self._machine(PURPOSE_UPDATE).advertise(), self._machine(PURPOSE_EVALUATION).advertise(), 7.0)
+        if isinstance(body, ShareKeys):
+            return SharedKeys(
+                self._machine(PURPOSE_UPDATE).share_keys(body.update),
+                self._machine(PURPOSE_EVALUATION).share_keys(body.evaluation),
+            )
+        if isinstance(body, SendMasked):
+            self._deliveries = body
+            return Masked(self._machine(PURPOSE_UPDATE).mask(body.update, self._update()))
+        if isinstance(body, Confirm):
+            return Confirmed(self._machine(body.purpose).confirm(body.survivors))
+        if isinstance(body, Unmask):
+            return Unmasked(self._machine(body.request.purpose).unmask(body.request))
+        if isinstance(body, Evaluate):
+            self._candidate = AdapterState.from_bytes(SPEC, body.candidate)
+            return Scoring(1.0)
+        assert isinstance(body, FetchScores)
+        vector = ScoreVector(len(self._plan.cohort)).encode(OwnerScores(5, *self.losses), SeededRng(1))
+        return Masked(self._machine(PURPOSE_EVALUATION).mask(self._deliveries.evaluation, vector))
+
+    def _machine(self, purpose: str) -> SecAggOwner:
+        return self.machines[purpose]
+
+    def _begin(self, body: Begin) -> Started:
+        plan = body.plan.open(self.coordinator)
+        self._plan, self._left = plan, self.polls
+        self._head = AdapterState.from_bytes(plan.spec, body.head)
+        assert self._head.digest == plan.head
+        self.begun.append(plan.digest)
+        for purpose, bits, entries in (
+            (PURPOSE_UPDATE, plan.ring.bits, vector_of(plan).entries),
+            (PURPOSE_EVALUATION, 32, ScoreVector(len(plan.cohort)).entries),
+        ):
+            self.machines[purpose] = SecAggOwner(
+                plan=plan, purpose=purpose, owner=self.owner, identity=self.identity, roster=self.roster,
+                ring_bits=bits, entries=entries, rng=SeededRng(f"{self.owner}{plan.digest}{purpose}"),
+            )  # fmt: skip
+        return Started(5.0)
+
+    def _update(self) -> np.ndarray:
+        vector = vector_of(self._plan)
+        weight = 1.0 if self._plan.weights is None else self._plan.weights[self.owner]
+        flat = np.full(vector.layout_size, self.step, dtype=np.float32)
+        return vector.encode(flat, weight, UpdateTail(10, 1.5), SeededRng(self.owner))
+
+
+def vector_of(plan: RoundPlan) -> UpdateVector:
+    """The codec of a plan's update sum."""
+    size = plan.spec.layout(get_method(plan.method).trainable(int(plan.round))).size
+    return UpdateVector(plan.ring, len(plan.cohort), size, plan.mechanism.kind != "none")
+
+
+Fault = Callable[[str, str, int], str]
+"""(owner, kind of request, how often this owner was asked this kind) -> deliver, lose, lose-reply, garble, swap."""
+
+
+class FaultyCarrier:
+    """Delivers to agents in memory; what `fault` says goes wrong."""
+
+    def __init__(self, agents: dict[str, Agent], clock: FakeClock) -> None:
+        self.agents = agents
+        self.clock = clock
+        self.fault: Fault = lambda _owner, _kind, _count: "deliver"
+        self.counts: dict[tuple[str, str], int] = {}
+        self.carried: list[bytes] = []
+        self.last: dict[str, bytes] = {}
+
+    async def nodes(self) -> tuple[str, ...]:
+        return tuple(sorted(f"node-{name}" for name in self.agents))
+
+    async def exchange(self, outbound: dict[str, bytes], *, deadline_s: float) -> dict[str, bytes]:
+        replies: dict[str, bytes] = {}
+        for node, data in outbound.items():
+            name = node.removeprefix("node-")
+            kind = kind_of(data)
+            count = self.counts[name, kind] = self.counts.get((name, kind), 0) + 1
+            what = self.fault(name, kind, count)
+            self.carried.append(data)
+            if what == "lose":
+                continue
+            reply = await self.agents[name].deliver(data)
+            self.carried.append(reply)
+            if what == "garble":
+                reply = reply[:-1] + bytes([reply[-1] ^ 1])
+            elif what == "swap":
+                reply = self.last.get(name, b"\x00")
+            self.last[name] = reply
+            if what != "lose-reply":
+                replies[node] = reply
+        await self.clock.sleep(0.01 if len(replies) == len(outbound) else deadline_s)
+        return replies
+
+    async def close(self) -> None:
+        return None
+
+
+def kind_of(data: bytes) -> str:
+    """Kind of a sealed message, unverified; tests only."""
+    from fedllm.messages.envelope import Sealed
+
+    return wire.decode(Envelope, wire.decode(Sealed, data).envelope).kind
+
+
+class World:
+    """Coordinator and four owners over one folder; `runner()` makes a fresh coordinator on the same journal."""
+
+    def __init__(self, folder: Path, *, owners: Sequence[str] = OWNERS, **settings: object) -> None:
+        self.folder = folder
+        self.clock = FakeClock()
+        self.identity = SigningIdentity.from_seed(b"\x01" * 32)
+        keys = {OwnerId(o): SigningIdentity.from_seed(bytes.fromhex(sha256(o.encode()))) for o in owners}
+        self.roster = Roster.of({o: k.public for o, k in keys.items()})
+        self.agents = {str(o): Agent(o, k, self.roster, self.identity.public) for o, k in keys.items()}
+        values = {
+            "name": "tools", "base": Path("base"), "alias": "acme/tools", "rank": 2, "alpha": 4, "privacy": False,
+            "value_bits": 16, "clip_range": 1.0, "train_deadline_s": 100.0, "phase_deadline_s": 20.0,
+            "declared_records": dict.fromkeys(owners, 10), "gate_margin": 0.0,
+        }  # fmt: skip
+        self.settings = FederationSettings(**{**values, **settings})  # type: ignore[arg-type]
+        self.federation = Federation(self.settings, SPEC, self.roster)
+        self.carrier = FaultyCarrier(self.agents, self.clock)
+        self.events: list[RoundEvent] = []
+        self.gate: Gate = ScoreGate(self.settings.gate_margin)
+
+    def runner(self) -> RoundRunner:
+        """A coordinator that was started just now."""
+        self.journal = Journal(self.folder / "journal.sqlite")
+        self.registry = Registry(self.folder / "registry", self.identity.public, self.clock)
+        roll = Roll("tools", self.roster, self.identity, self.carrier, SeededRng(self.clock.now().hex()))
+        return RoundRunner(
+            self.federation, self.identity, roll, self.journal, self.registry,
+            gate=self.gate, epsilon_of=toy_epsilon, clock=self.clock, rng=SeededRng(self.clock.now().hex() + "n"),
+            progress=self.events.append,
+        )  # fmt: skip
+
+
+def toy_epsilon(mechanisms: Sequence[Mechanism]) -> float | None:
+    """One per round under DP; nothing bounds it without."""
+    return None if any(m.kind == "none" for m in mechanisms) else float(len(mechanisms))

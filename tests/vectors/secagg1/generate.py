@@ -1,0 +1,222 @@
+"""An independent second implementation of ``fedllm-secagg/1`` that writes the known answers beside it.
+
+It imports nothing of fedllm: protocol text, key schedule, Shamir, masks and packing are written again from
+docs, with HKDF from ``hmac`` and Lagrange by fractions. Only X25519, Ed25519, AES and ChaCha20-Poly1305 come from
+the same library. Run it with a folder to write to; without one it rewrites the files beside it::
+
+    python tests/vectors/secagg1/generate.py [folder]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import sys
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+P = 2**256 + 297
+PROTOCOL = b"fedllm-secagg/1"
+PURPOSE = b"update"
+NAMES = ("east", "far", "mid", "north")
+LOST = "far"  # deposits its shares, never sends its vector
+THRESHOLD = 3
+ENTRIES = 9
+PLAN_DIGEST = "8083826d890b266f798053aba9a019f5cfb460d68834e495d8a9ea3b80a122b8"
+
+
+class Feed:
+    """The random bytes of one party: SHA-256 of a label and a counter, block after block."""
+
+    def __init__(self, label: str) -> None:
+        self.label, self.counter, self.left = label.encode(), 0, b""
+
+    def token(self, size: int) -> bytes:
+        """Return the next bytes."""
+        while len(self.left) < size:
+            self.left += hashlib.sha256(self.label + b"/" + str(self.counter).encode()).digest()
+            self.counter += 1
+        out, self.left = self.left[:size], self.left[size:]
+        return out
+
+
+def frame(*parts: bytes) -> bytes:
+    """Length-prefixed concatenation."""
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def sha(data: bytes) -> bytes:
+    """SHA-256."""
+    return hashlib.sha256(data).digest()
+
+
+def hkdf(secret: bytes, salt: bytes, info: bytes) -> bytes:
+    """RFC 5869 with SHA-256 and one block of output."""
+    extracted = hmac.new(salt, secret, hashlib.sha256).digest()
+    return hmac.new(extracted, info + b"\x01", hashlib.sha256).digest()
+
+
+def sign(name: str, label: bytes, message: bytes) -> bytes:
+    """Ed25519 over label, zero byte and hash, with the identity seeded by the owner's place."""
+    return identity(name).sign(label + b"\x00" + sha(message))
+
+
+def identity(name: str) -> Ed25519PrivateKey:
+    """The owner's pinned identity."""
+    return Ed25519PrivateKey.from_private_bytes(bytes([NAMES.index(name) + 1] * 32))
+
+
+def public(private: bytes) -> bytes:
+    """X25519 public key."""
+    return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def dh(private: bytes, peer: bytes) -> bytes:
+    """X25519 shared secret."""
+    return X25519PrivateKey.from_private_bytes(private).exchange(X25519PublicKey.from_public_bytes(peer))
+
+
+def polynomial(secret: bytes, feed: Feed) -> list[int]:
+    """Coefficients, constant first; the highest is drawn first, by rejection from 257 bits."""
+    drawn: list[int] = []
+    while len(drawn) < THRESHOLD - 1:
+        value = int.from_bytes(feed.token(33), "big") >> 7
+        if value < P:
+            drawn.append(value)
+    return [int.from_bytes(secret, "big"), *reversed(drawn)]
+
+
+def at(coefficients: list[int], x: int) -> int:
+    """Value of a polynomial, power by power."""
+    return sum(c * pow(x, k, P) for k, c in enumerate(coefficients)) % P
+
+
+def words(key: bytes, count: int) -> list[int]:
+    """AES-256-CTR words from counter zero, little endian."""
+    stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor().update(bytes(4 * count))
+    return [int.from_bytes(stream[4 * i : 4 * i + 4], "little") for i in range(count)]
+
+
+def party(name: str) -> dict[str, object]:
+    """Draw one owner's secrets in the order of the protocol."""
+    feed = Feed(f"secagg1/{name}")
+    cipher, mask, seed = feed.token(32), feed.token(32), feed.token(32)
+    return {"feed": feed, "cipher": cipher, "mask": mask, "seed": seed}
+
+
+def run(ring_bits: int) -> dict[str, object]:
+    """Run one whole sum and return everything that crosses the line."""
+    ctx = sha(frame(PROTOCOL, bytes.fromhex(PLAN_DIGEST), PURPOSE))
+    parties = {name: party(name) for name in NAMES}
+    out: dict[str, dict[str, object]] = {name: {} for name in NAMES}
+    listed: list[bytes] = [ctx]
+    for name, own in parties.items():
+        cipher_key, mask_key = public(own["cipher"]), public(own["mask"])
+        signature = sign(name, PROTOCOL + b"/advertise", frame(ctx, name.encode(), cipher_key, mask_key))
+        listed += [name.encode(), cipher_key, mask_key, signature]
+        own["cipher_key"], own["mask_key"] = cipher_key, mask_key
+        out[name]["bundle"] = {
+            "cipher_key": cipher_key.hex(), "mask_key": mask_key.hex(), "signature": signature.hex(),
+        }  # fmt: skip
+    v1 = sha(frame(*listed))
+    for name, own in parties.items():
+        seed_poly, key_poly = polynomial(own["seed"], own["feed"]), polynomial(own["mask"], own["feed"])
+        own["seed_poly"], own["key_poly"] = seed_poly, key_poly
+        sealed: dict[str, str] = {}
+        for x, peer in enumerate(NAMES, 1):
+            if peer == name:
+                continue
+            plain = at(seed_poly, x).to_bytes(33, "big") + at(key_poly, x).to_bytes(33, "big")
+            pair = (name.encode(), peer.encode())
+            key = hkdf(dh(own["cipher"], parties[peer]["cipher_key"]), v1, frame(b"share", ctx, *pair))
+            nonce = own["feed"].token(12)
+            sealed[peer] = (nonce + ChaCha20Poly1305(key).encrypt(nonce, plain, frame(ctx, v1, *pair))).hex()
+        out[name]["shares"] = {"seed_commitment": sha(own["seed"]).hex(), "ciphertexts": sealed}
+    survivors = [name for name in NAMES if name != LOST]
+    total = [0] * ENTRIES
+    for name in NAMES:
+        values = [(7919 * (NAMES.index(name) + 1) * (i + 1) ** 5) % 2**ring_bits for i in range(ENTRIES)]
+        lanes = list(values)
+        own_key = hkdf(parties[name]["seed"], v1, frame(b"self", ctx, name.encode()))
+        lanes = [a + b for a, b in zip(lanes, words(own_key, ENTRIES), strict=True)]
+        for peer in NAMES:
+            if peer != name:
+                pair = sorted((name.encode(), peer.encode()))
+                shared = dh(parties[name]["mask"], parties[peer]["mask_key"])
+                stream = words(hkdf(shared, v1, frame(b"mask", ctx, *pair)), ENTRIES)
+                lanes = [a + b if name < peer else a - b for a, b in zip(lanes, stream, strict=True)]
+        packed = b"".join((lane % 2**ring_bits).to_bytes(ring_bits // 8, "little") for lane in lanes)
+        out[name]["values"] = values
+        if name in survivors:
+            out[name]["masked"] = packed.hex()
+            total = [(a + b) % 2**ring_bits for a, b in zip(total, values, strict=True)]
+    u2 = sha(frame(*[name.encode() for name in NAMES]))
+    u3 = sha(frame(*[name.encode() for name in survivors]))
+    for name in survivors:
+        x = NAMES.index(name) + 1
+        out[name]["confirmation"] = sign(name, PROTOCOL + b"/survivors", frame(ctx, v1, u2, u3)).hex()
+        out[name]["seed_shares"] = {p: at(parties[p]["seed_poly"], x).to_bytes(33, "big").hex() for p in survivors}
+        out[name]["key_shares"] = {LOST: at(parties[LOST]["key_poly"], x).to_bytes(33, "big").hex()}
+    return {
+        "protocol": PROTOCOL.decode(), "plan_digest": PLAN_DIGEST, "purpose": PURPOSE.decode(),
+        "ring_bits": ring_bits, "entries": ENTRIES, "threshold": THRESHOLD, "context": ctx.hex(), "v1": v1.hex(),
+        "owners": out, "survivors": survivors, "sum": total,
+    }  # fmt: skip
+
+
+def negatives(good: dict[str, object]) -> dict[str, dict[str, object]]:
+    """Return inputs that must be refused: where each goes in, and the error code it must raise."""
+    ctx = bytes.fromhex(good["context"])
+    east = good["owners"]["east"]
+    bundle = {"owner": "far", **good["owners"]["far"]["bundle"]}
+    sealed = good["owners"]["far"]["shares"]["ciphertexts"]["east"]
+    zero = bytes(32)
+    low = {"owner": "far", "cipher_key": zero.hex(), "mask_key": (b"\x01" + bytes(31)).hex()}
+    message = frame(ctx, b"far", zero, b"\x01" + bytes(31))
+    low["signature"] = sign("far", PROTOCOL + b"/advertise", message).hex()
+    other = sign("mid", PROTOCOL + b"/survivors", b"another set").hex()
+    share = east["seed_shares"]["mid"]
+    # A definite map with its keys in another than the canonical order (length first, then bytes).
+    canonical = ("owner", "purpose", "mask_key", "signature", "cipher_key")
+    fields = {"owner": b"\x63far", "purpose": b"\x66update"}
+    fields |= {k: b"\x58" + bytes([len(bytes.fromhex(bundle[k]))]) + bytes.fromhex(bundle[k]) for k in canonical[2:]}
+    item = {k: bytes([0x60 + len(k)]) + k.encode() + fields[k] for k in canonical}
+    return {
+        "bundle_bad_signature": {
+            "step": "bundle", "error": "signature-invalid", **bundle,
+            "signature": bundle["signature"][:-2] + f"{int(bundle['signature'][-2:], 16) ^ 1:02x}",
+        },
+        "bundle_bad_length": {"step": "bundle", "error": "protocol", **bundle, "mask_key": bundle["mask_key"][2:]},
+        "bundle_bad_low_order": {"step": "bundle", "error": "protocol", **low},
+        "bundle_bad_noncanonical": {
+            "step": "wire", "error": "decode", "bytes": (b"\xa5" + b"".join(item[k] for k in reversed(canonical))).hex(),
+        },
+        "bundle_bad_trailing": {
+            "step": "wire", "error": "decode", "bytes": (b"\xa5" + b"".join(item.values()) + b"\x00").hex(),
+        },
+        "sealed_bad_tag": {"step": "sealed", "error": "protocol", "sealed": sealed[:-2] + f"{int(sealed[-2:], 16) ^ 1:02x}"},
+        "sealed_bad_length": {"step": "sealed", "error": "protocol", "sealed": sealed[:-2]},
+        "masked_bad_length": {"step": "masked", "error": "decode", "chunks": [east["masked"][:-2]]},
+        "masked_bad_chunks": {"step": "masked", "error": "decode", "chunks": [east["masked"][:6], east["masked"][6:]]},
+        "share_bad_unreduced": {"step": "share", "error": "decode", "share": P.to_bytes(33, "big").hex()},
+        "share_bad_length": {"step": "share", "error": "decode", "share": share[2:]},
+        "share_bad_value": {"step": "open", "error": "round-aborted", "share": share[:-2] + f"{int(share[-2:], 16) ^ 1:02x}"},
+        "confirmation_bad_set": {"step": "confirmation", "error": "signature-invalid", "signature": other},
+    }  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    """Write every vector as JSON."""
+    sums = {bits: run(bits) for bits in (8, 16, 24, 32)}
+    files = {f"sum_{bits}": vector for bits, vector in sums.items()} | negatives(sums[24])
+    for name, vector in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(vector, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
