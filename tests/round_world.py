@@ -51,7 +51,7 @@ from fedllm.rng import SeededRng
 from fedllm.server.federation import Federation
 from fedllm.server.gate import ScoreGate
 from fedllm.server.journal import Journal
-from fedllm.server.ports import Gate, RoundEvent
+from fedllm.server.ports import EpsilonOf, Gate, RoundEvent
 from fedllm.server.roster import ANYBODY, Roll
 from fedllm.server.rounds.runner import RoundRunner
 
@@ -98,43 +98,52 @@ class Agent:
         return sealed
 
     def _answer(self, request: Envelope, body: Body) -> Body:
-        if isinstance(body, Hello):
-            return HelloReply(self.owner, body.challenge, "test")
-        if isinstance(body, Close):
-            self.closed.append(body.outcome)
-            for machine in self.machines.values():
-                machine.close()
-            return Closed()
-        if isinstance(body, Begin):
-            if self.refuse is not None:
-                return self.refuse
-            return self._begin(body)
-        if isinstance(body, FetchAdvertise):
-            self._left -= 1
-            if self._left > 0:
-                return Pending("training", 1, 2, 3.0)
-            return Advertised(self._machine(PURPOSE_UPDATE).advertise(), self._machine(PURPOSE_EVALUATION).advertise(), 7.0)
-        if isinstance(body, ShareKeys):
-            return SharedKeys(
-                self._machine(PURPOSE_UPDATE).share_keys(body.update),
-                self._machine(PURPOSE_EVALUATION).share_keys(body.evaluation),
-            )
-        if isinstance(body, SendMasked):
-            self._deliveries = body
-            return Masked(self._machine(PURPOSE_UPDATE).mask(body.update, self._update()))
-        if isinstance(body, Confirm):
-            return Confirmed(self._machine(body.purpose).confirm(body.survivors))
-        if isinstance(body, Unmask):
-            return Unmasked(self._machine(body.request.purpose).unmask(body.request))
-        if isinstance(body, Evaluate):
-            self._candidate = AdapterState.from_bytes(SPEC, body.candidate)
-            return Scoring(1.0)
-        assert isinstance(body, FetchScores)
-        vector = ScoreVector(len(self._plan.cohort)).encode(OwnerScores(5, *self.losses), SeededRng(1))
-        return Masked(self._machine(PURPOSE_EVALUATION).mask(self._deliveries.evaluation, vector))
+        handler = getattr(self, f"_on_{request.kind}")
+        answer: Body = handler(body)
+        return answer
 
-    def _machine(self, purpose: str) -> SecAggOwner:
-        return self.machines[purpose]
+    def _on_Hello(self, body: Hello) -> Body:  # noqa: N802 - named after the message
+        return HelloReply(self.owner, body.challenge, "test")
+
+    def _on_Close(self, body: Close) -> Body:  # noqa: N802
+        self.closed.append(body.outcome)
+        for machine in self.machines.values():
+            machine.close()
+        return Closed()
+
+    def _on_FetchAdvertise(self, _body: FetchAdvertise) -> Body:  # noqa: N802
+        self._left -= 1
+        if self._left > 0:
+            return Pending("training", 1, 2, 3.0)
+        update, evaluation = (self.machines[p].advertise() for p in (PURPOSE_UPDATE, PURPOSE_EVALUATION))
+        return Advertised(update, evaluation, 7.0)
+
+    def _on_ShareKeys(self, body: ShareKeys) -> Body:  # noqa: N802
+        return SharedKeys(
+            self.machines[PURPOSE_UPDATE].share_keys(body.update),
+            self.machines[PURPOSE_EVALUATION].share_keys(body.evaluation),
+        )
+
+    def _on_SendMasked(self, body: SendMasked) -> Body:  # noqa: N802
+        self._deliveries = body
+        return Masked(self.machines[PURPOSE_UPDATE].mask(body.update, self._update()))
+
+    def _on_Confirm(self, body: Confirm) -> Body:  # noqa: N802
+        return Confirmed(self.machines[body.purpose].confirm(body.survivors))
+
+    def _on_Unmask(self, body: Unmask) -> Body:  # noqa: N802
+        return Unmasked(self.machines[body.request.purpose].unmask(body.request))
+
+    def _on_Evaluate(self, body: Evaluate) -> Body:  # noqa: N802
+        self._candidate = AdapterState.from_bytes(self._plan.spec, body.candidate)
+        return Scoring(1.0)
+
+    def _on_FetchScores(self, _body: FetchScores) -> Body:  # noqa: N802
+        vector = ScoreVector(len(self._plan.cohort)).encode(OwnerScores(5, *self.losses), SeededRng(1))
+        return Masked(self.machines[PURPOSE_EVALUATION].mask(self._deliveries.evaluation, vector))
+
+    def _on_Begin(self, body: Begin) -> Body:  # noqa: N802
+        return self.refuse if self.refuse is not None else self._begin(body)
 
     def _begin(self, body: Begin) -> Started:
         plan = body.plan.open(self.coordinator)
@@ -160,7 +169,7 @@ class Agent:
 
 
 def vector_of(plan: RoundPlan) -> UpdateVector:
-    """The codec of a plan's update sum."""
+    """Return the codec of a plan's update sum."""
     size = plan.spec.layout(get_method(plan.method).trainable(int(plan.round))).size
     return UpdateVector(plan.ring, len(plan.cohort), size, plan.mechanism.kind != "none")
 
@@ -181,9 +190,11 @@ class FaultyCarrier:
         self.last: dict[str, bytes] = {}
 
     async def nodes(self) -> tuple[str, ...]:
+        """Return one node for each agent."""
         return tuple(sorted(f"node-{name}" for name in self.agents))
 
     async def exchange(self, outbound: dict[str, bytes], *, deadline_s: float) -> dict[str, bytes]:
+        """Deliver, or do what `fault` says; a missing reply costs the whole deadline."""
         replies: dict[str, bytes] = {}
         for node, data in outbound.items():
             name = node.removeprefix("node-")
@@ -206,7 +217,7 @@ class FaultyCarrier:
         return replies
 
     async def close(self) -> None:
-        return None
+        """Nothing to close."""
 
 
 def kind_of(data: bytes) -> str:
@@ -235,20 +246,21 @@ class World:
         self.federation = Federation(self.settings, SPEC, self.roster)
         self.carrier = FaultyCarrier(self.agents, self.clock)
         self.events: list[RoundEvent] = []
+        self.epsilon_of: EpsilonOf = toy_epsilon
         self.gate: Gate = ScoreGate(self.settings.gate_margin)
 
     def runner(self) -> RoundRunner:
-        """A coordinator that was started just now."""
+        """Return a coordinator that was started just now."""
         self.journal = Journal(self.folder / "journal.sqlite")
         self.registry = Registry(self.folder / "registry", self.identity.public, self.clock)
         roll = Roll("tools", self.roster, self.identity, self.carrier, SeededRng(self.clock.now().hex()))
         return RoundRunner(
             self.federation, self.identity, roll, self.journal, self.registry,
-            gate=self.gate, epsilon_of=toy_epsilon, clock=self.clock, rng=SeededRng(self.clock.now().hex() + "n"),
+            gate=self.gate, epsilon_of=self.epsilon_of, clock=self.clock, rng=SeededRng(self.clock.now().hex() + "n"),
             progress=self.events.append,
         )  # fmt: skip
 
 
-def toy_epsilon(mechanisms: Sequence[Mechanism]) -> float | None:
+def toy_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float | None:
     """One per round under DP; nothing bounds it without."""
     return None if any(m.kind == "none" for m in mechanisms) else float(len(mechanisms))

@@ -30,9 +30,10 @@ def roster_of(names: Collection[OwnerId]) -> Roster:
 
 def make_plan(names: tuple[OwnerId, ...], **changes: object) -> RoundPlan:
     """Return a plan for a cohort that every owner accepts, with some fields replaced."""
+    roster = roster_of([name for name in names if name in IDENTITIES])
     plan = RoundPlan(
         version=1, federation="tools", round=RoundNumber(3), nonce=bytes(32), cohort=names,
-        threshold=honest_threshold(len(names)), min_survivors=3, roster=roster_of([n for n in names if n in IDENTITIES]).digest, spec=SPEC,
+        threshold=honest_threshold(len(names)), min_survivors=3, roster=roster.digest, spec=SPEC,
         head=sha256(b"head"), head_version=None, layout=SPEC.layout(("B",)).digest, method="ffa",
         weights=dict.fromkeys(names, 1.0), declared_records=dict.fromkeys(names, 100),
         recipe=Recipe("sgd", 1.0, 2, 8, 8, 160), mechanism=Mechanism.none(), ring=Ring(24, 16, 4.0),

@@ -151,11 +151,13 @@ class UpdateVector:
             raise ConfigError(f"update of shape {update.shape}, ({self.layout_size},) expected")
         if not 0 < weight <= 1:
             raise ConfigError("an update's weight must lie in (0, 1]")
-        scaled = update.astype(np.float64) * weight
+        # The very weight that is sent, so that sum over sum of weights is the exact weighted mean.
+        weight_units = max(1, round(weight / WEIGHT_UNIT))
+        scaled = update.astype(np.float64) * (weight_units * WEIGHT_UNIT)
         body = self.fixed_point.encode(scaled, rng)
         numbers = {
             "owners": 1,
-            "weight": max(1, round(weight / WEIGHT_UNIT)),
+            "weight": weight_units,
             "saturated": round(self.fixed_point.saturation(scaled) / SATURATION_UNIT),
         }
         if not self.covered:

@@ -1,1 +1,5 @@
-"""The data owner's daemon: the only program that sees raw text, an unmasked update, or an epsilon it can trust."""
+"""The data owner's side: private records, local training, the owner's policy, and the daemon that guards them.
+
+`trainer` is the port the round sees; `train` and `dpsgd` are the real one (torch), `toy` the fake that runs a
+whole federation in a second. Importing this package imports none of torch, transformers, peft and opacus.
+"""

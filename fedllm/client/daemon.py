@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fedllm import telemetry, wire
 from fedllm.client.pipeline import OwnerSums
@@ -55,6 +56,7 @@ _TELLABLE = (PolicyRefused, AuthenticationError, ProtocolError, DigestMismatch)
 """Errors whose message speaks of plans, keys and steps only; of all others the coordinator learns the code."""
 _NOT_RECORDED = (Hello, HelloReply, Pending, Refused)
 _HOLD_STEP_S = 0.05
+_NOT_COMPLETED = frozenset({"aborted", "replaced", "stopped"})
 
 
 class Daemon:
@@ -154,30 +156,22 @@ class Daemon:
             telemetry.event(_LOG, "refused unopened", level=logging.WARNING, code=error.code, bytes=len(data))
             return self._leave(self._stranger(), self._unopened(error))
         try:
-            repeated = self._repeated(envelope)
-            if repeated is not None:
-                self._audit.sent("repeated", envelope.round, repeated)
-                return repeated
             body = decode_body(envelope.kind, envelope.body)
             await self._hold(body)
             async with self._lock:
-                repeated = self._repeated(envelope)  # while this one waited, its twin may have been answered
-                reply = None if repeated is not None else await self._answer(envelope, body)
-            if reply is None:
-                return await self.handle(data)
+                recorded = self._recorded(envelope)
+                if recorded is not None:
+                    self._audit.sent("again", envelope.round, recorded)
+                    return recorded
+                return self._leave(envelope, await self._answer(envelope, body))
         except FedllmError as error:
-            reply = self._refusal(envelope, error)
+            return self._leave(envelope, self._refusal(envelope, error))
         except Exception as error:  # noqa: BLE001 - the boundary: what went wrong inside is nobody's business outside
             telemetry.event(
                 _LOG, "request failed", level=logging.ERROR, kind=envelope.kind, error=type(error).__name__,
-                exc_info=None,
             )  # fmt: skip
             _LOG.debug("request failed", exc_info=error)
-            reply = Refused("failed", type(error).__name__, None)
-        sealed = self._leave(envelope, reply)
-        if not isinstance(reply, _NOT_RECORDED):
-            self._answered[envelope.request] = (sha256(envelope.body), sealed)
-        return sealed
+            return self._leave(envelope, Refused("failed", type(error).__name__, None))
 
     async def close(self) -> None:
         """Forget the round under way and stop the worker."""
@@ -194,7 +188,8 @@ class Daemon:
                 raise
             return envelope
 
-    def _repeated(self, envelope: Envelope) -> bytes | None:
+    def _recorded(self, envelope: Envelope) -> bytes | None:
+        """Return the reply that this very request got before."""
         found = self._answered.get(envelope.request)
         if found is None:
             return None
@@ -224,7 +219,9 @@ class Daemon:
                 hint="an owner that restarts in mid-round is out of that round",
             )
         if envelope.round != self._round.plan.round:
-            raise StepMismatch(f"{envelope.kind} for round {envelope.round}, round {self._round.plan.round} is under way")
+            raise StepMismatch(
+                f"{envelope.kind} for round {envelope.round}, round {self._round.plan.round} is under way"
+            )
         return self._round
 
     async def _hello(self, _envelope: Envelope, body: Hello) -> Body:
@@ -242,12 +239,12 @@ class Daemon:
         )  # fmt: skip
         head = open_head(plan, body.head)
         sums = OwnerSums(plan, self._owner, identity=self._identity, roster=self._roster, rng=self._rng)
-        await self._end_round("replaced", f"round {plan.round} began")
-        self._accepted.accept(plan.federation, plan.round)
         await asyncio.to_thread(
             self._ledger.reserve, federation=plan.federation, round_number=plan.round, plan_digest=plan.digest,
             mechanism=plan.mechanism,
         )  # fmt: skip
+        await self._end_round("replaced", f"round {plan.round} began")
+        self._accepted.accept(plan.federation, plan.round)
         self._round = OwnerRound(
             plan, head, self._owner, sums=sums, trainer=self._trainer, scores=self._scores, worker=self._worker,
             clock=self._clock, rng=self._rng,
@@ -269,13 +266,12 @@ class Daemon:
             return
         over.close()
         self._last_train_s = over.train_s or self._last_train_s
-        await asyncio.to_thread(self._ledger.settle, over.plan.digest, outcome)
-        self._rounds.ended({**over.result(), "outcome": outcome, "reason": reason, **self._budget()})
+        settled = "aborted" if outcome in _NOT_COMPLETED else "completed"
+        await asyncio.to_thread(self._ledger.settle, over.plan.digest, settled)
+        spent = await asyncio.to_thread(self._ledger.spent)
+        budget = {"epsilon": spent if math.isfinite(spent) else None, "delta": self._ledger.delta}
+        self._rounds.ended({**over.result(), "outcome": outcome, "reason": reason, **budget})
         telemetry.event(_LOG, "round ended", round=over.plan.round, outcome=outcome)
-
-    def _budget(self) -> dict[str, Any]:
-        spent = self._ledger.spent()
-        return {"epsilon": spent.epsilon, "delta": spent.delta}
 
     def _refusal(self, envelope: Envelope, error: FedllmError) -> Refused:
         telemetry.event(
@@ -299,7 +295,7 @@ class Daemon:
         )
 
     def _leave(self, request: Envelope, reply: Body) -> bytes:
-        """Seal a reply and write it down: nothing leaves by another way."""
+        """Seal a reply, write it down and remember it: nothing leaves by another way."""
         kind = type(reply).__name__
         envelope = Envelope(
             ENVELOPE_VERSION, kind, request.federation, request.round, self._owner, COORDINATOR, request.request,
@@ -307,9 +303,11 @@ class Daemon:
         )  # fmt: skip
         sealed = seal(envelope, self._identity)
         self._audit.sent(kind, request.round, sealed)
+        if not isinstance(reply, _NOT_RECORDED):
+            self._answered[request.request] = (sha256(request.body), sealed)
         return sealed
 
-    _SPECIAL: dict[type, Callable[[Daemon, Envelope, Any], Awaitable[Body]]] = {
+    _SPECIAL: ClassVar[dict[type, Callable[[Daemon, Envelope, Any], Awaitable[Body]]]] = {
         Hello: _hello,
         Begin: _begin,
         Close: _close,

@@ -64,7 +64,7 @@ def encode_update(
     head: AdapterState,
     trained: AdapterState,
     records: int,
-    mean_loss: float,
+    mean_loss: float | None,
     rng: Rng,
 ) -> RingVector:
     """Return this owner's vector of the update sum, before masking.
@@ -77,8 +77,8 @@ def encode_update(
         Global and local adapter; the update is their difference in the method's factors.
     records : int
         Training records, for the weight; unused under DP.
-    mean_loss : float
-        Training loss; not encoded under DP.
+    mean_loss : float or None
+        Training loss; neither computed nor encoded under DP.
     rng : Rng
         For stochastic rounding.
 
@@ -95,7 +95,7 @@ def encode_update(
     update = get_method(plan.method).update(trained, head, plan.round)
     if not np.isfinite(update).all():
         raise NonFiniteUpdate("the update of this round holds NaN or infinity and is not sent")
-    tail = UpdateTail(records=records, train_loss=mean_loss)
+    tail = UpdateTail(records=records, train_loss=0.0 if mean_loss is None else mean_loss)
     return update_codec(plan).encode(update, weight_of(plan, owner, records), tail, rng)
 
 
@@ -111,9 +111,7 @@ class OwnerSums:
         As in `SecAggOwner`.
     """
 
-    def __init__(
-        self, plan: RoundPlan, owner: OwnerId, *, identity: SigningIdentity, roster: Roster, rng: Rng
-    ) -> None:
+    def __init__(self, plan: RoundPlan, owner: OwnerId, *, identity: SigningIdentity, roster: Roster, rng: Rng) -> None:
         def make(purpose: str, ring_bits: int, entries: int) -> SecAggOwner:
             return SecAggOwner(
                 plan=plan, purpose=purpose, owner=owner, identity=identity, roster=roster, ring_bits=ring_bits,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,11 @@ class OwnerPolicy:
             raise ConfigError("max_rank, max_tokens and max_local_steps must be positive")
         for base in self.allowed_bases:
             check_digest(base, what="allowed_bases")
+
+    @property
+    def limit_epsilon(self) -> float:
+        """What the ledger enforces: nothing, if rounds without any guarantee are accepted too."""
+        return math.inf if self.allow_without_dp else self.max_epsilon
 
     @classmethod
     def load(cls, path: Path) -> OwnerPolicy:

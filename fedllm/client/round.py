@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from fedllm.adapter import AdapterState
 from fedllm.aggregation.methods import get_method
@@ -91,7 +91,7 @@ class _Prepared:
     values: RingVector = field(repr=False)
     train_s: float
     records: int
-    mean_loss: float
+    mean_loss: float | None
 
 
 @dataclass
@@ -292,12 +292,10 @@ class OwnerRound:
         if not self._scoring.done():
             return self._progress.pending(self._clock.monotonic())
         head, candidate = self._scoring.result()
-        scores = OwnerScores(
-            records=candidate.records, candidate_loss=candidate.mean_loss, head_loss=head.mean_loss
-        )
+        scores = OwnerScores(records=candidate.records, candidate_loss=candidate.mean_loss, head_loss=head.mean_loss)
         return Masked(self._sums.mask_scores(scores))
 
-    _STEPS: dict[type, Callable[[OwnerRound, Any], Body]] = {
+    _STEPS: ClassVar[dict[type, Callable[[OwnerRound, Any], Body]]] = {
         FetchAdvertise: _advertise,
         ShareKeys: _share,
         SendMasked: _mask,

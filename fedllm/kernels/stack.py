@@ -14,7 +14,7 @@ class LoraStack:
     """Factors of every slot for one linear layer whose output is `P` projections side by side.
 
     A fused ``qkv`` has three projections, a plain linear one. Storage beyond a slot's rank, and the whole of
-    an empty slot, is zero: the all-slots kernel multiplies it.
+    an empty slot, is zero: the padded kernel multiplies it.
 
     Parameters
     ----------

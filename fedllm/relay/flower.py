@@ -122,16 +122,14 @@ class FlowerCarrier:
         Environment that Flower's processes inherit.
     """
 
-    def __init__(
-        self, home: Path, *, host: str, port: int, clock: Clock, rng: Rng, environ: Mapping[str, str]
-    ) -> None:
+    def __init__(self, home: Path, *, host: str, port: int, clock: Clock, rng: Rng, environ: Mapping[str, str]) -> None:
         self._home = home
         self._host = host
         self._port = port
         self._clock = clock
         self._rng = rng
         self._environ = flower_environment(environ, home / "flwr")
-        self._superlink = Supervised(
+        self.superlink = Supervised(
             "superlink",
             [
                 flower_program("flower-superlink"), "--insecure", "--host", host, "--port", str(port),
@@ -160,8 +158,7 @@ class FlowerCarrier:
         PortBusy
             If another program listens on the port.
         """
-        home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        home.chmod(0o700)
+        _make_private(home)
         await _wait_until_free(host, port)
         carrier = cls(home, host=host, port=port, clock=clock, rng=rng, environ=environ)
         await carrier._start()
@@ -176,7 +173,7 @@ class FlowerCarrier:
         (self._home / "flwr" / "config.toml").write_text(connection, encoding="utf-8")
         self._server = await serve_link(self._home / "link.sock", self._serve)
         self._tasks = [
-            asyncio.create_task(self._superlink.keep(self._clock), name="superlink"),
+            asyncio.create_task(self.superlink.keep(self._clock), name="superlink"),
             asyncio.create_task(self._keep_run(), name="relay-run"),
         ]
 
@@ -206,7 +203,8 @@ class FlowerCarrier:
         replies = {p.node: p.answer.result() for p in parcels if p.answer.done()}
         answered = {node: reply for node, reply in replies.items() if reply is not None}
         telemetry.event(
-            _LOG, "exchange", nodes=len(parcels), answered=len(answered), run=self.runs, restarted=self.runs - run_before,
+            _LOG, "exchange", nodes=len(parcels), answered=len(answered), run=self.runs,
+            restarted=self.runs - run_before,
             bytes_out=sum(map(len, outbound.values())), bytes_in=sum(map(len, answered.values())),
             seconds=round(self._clock.monotonic() - began_s, 3),
         )  # fmt: skip
@@ -219,7 +217,7 @@ class FlowerCarrier:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._server is not None:
             await self._server.stop(0)
-        await asyncio.to_thread(self._superlink.terminate)
+        await asyncio.to_thread(self.superlink.terminate)
 
     async def _send(self, parcels: list[_Parcel]) -> None:
         run = self._run
@@ -329,8 +327,14 @@ class FlowerCarrier:
 
     async def _wait_run(self, timeout_s: float) -> None:
         until_s = self._clock.monotonic() + timeout_s
-        while self._run is None and self._superlink.alive() and self._clock.monotonic() < until_s:
+        # several things can end this wait, one of them a process
+        while self._run is None and self.superlink.alive() and self._clock.monotonic() < until_s:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
 
 
 def _accepts(host: str, port: int) -> bool:
@@ -354,5 +358,3 @@ async def _wait_until_free(host: str, port: int) -> None:
             return
         await asyncio.sleep(0.2)
     raise PortBusy(f"another program listens on {host}:{port}", hint="choose another flower_port")
-
-

@@ -41,7 +41,9 @@ class LocalCarrier:
     async def exchange(self, outbound: Mapping[str, bytes], *, deadline_s: float) -> dict[str, bytes]:
         """Ask every node at once; one that is away is dialled again until the deadline; see `Carrier`."""
         began_s = self._clock.monotonic()
-        replies = await asyncio.gather(*(self._one(node, data, began_s + deadline_s) for node, data in outbound.items()))
+        replies = await asyncio.gather(
+            *(self._one(node, data, began_s + deadline_s) for node, data in outbound.items())
+        )
         answered = {node: reply for node, reply in zip(outbound, replies, strict=True) if reply is not None}
         telemetry.event(
             _LOG, "exchange", level=logging.DEBUG, nodes=len(outbound), answered=len(answered),

@@ -110,9 +110,7 @@ class MemoryCarrier:
         answer, _ = await self._pass(node, Direction.TO_COORDINATOR, reply, deadline_s - request_late_s)
         return None if answer is None or request_late_s >= deadline_s else self._faults.tamper(answer)
 
-    async def _pass(
-        self, node: str, direction: Direction, data: bytes, left_s: float
-    ) -> tuple[Passage | None, float]:
+    async def _pass(self, node: str, direction: Direction, data: bytes, left_s: float) -> tuple[Passage | None, float]:
         passage = Passage(len(self.log), node, direction, data)
         self.log.append(passage)
         if self._faults.drop(passage):

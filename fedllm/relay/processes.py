@@ -75,7 +75,13 @@ class Supervised:
     @property
     def returncode(self) -> int | None:
         """Exit code of the command (128 + signal when a signal ended it), None while it runs."""
-        return None if self._process is None else self._process.poll()
+        process = self._process
+        if process is None:
+            return None
+        code = process.poll()
+        if code is not None and process.stdin is not None:
+            process.stdin.close()
+        return code
 
     def start(self) -> None:
         """Start the command.
@@ -100,7 +106,7 @@ class Supervised:
 
     def alive(self) -> bool:
         """Whether the command runs at this moment."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self.returncode is None
 
     def kill(self) -> None:
         """End the command and its descendants as SIGKILL would, without a grace period; for tests of loss."""
@@ -108,6 +114,7 @@ class Supervised:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            self.alive()
 
     def terminate(self) -> None:
         """End the command and everything it started: SIGTERM, then SIGKILL after the grace period."""
@@ -115,7 +122,7 @@ class Supervised:
         process = self._process
         if process is None:
             return
-        if process.poll() is None:
+        if self.alive():
             process.terminate()
             try:
                 process.wait(timeout=self._grace_s + 5)
@@ -123,8 +130,7 @@ class Supervised:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
+        self.alive()
 
     async def keep(self, clock: Clock) -> None:
         """Start the command again, with a growing pause, whenever it ends; returns after `terminate`.
@@ -139,7 +145,7 @@ class Supervised:
             began_s = clock.monotonic()
             if not self.alive():
                 self.start()
-            while self.alive():
+            while self.alive():  # noqa: ASYNC110 - a process has no event to wait for
                 await asyncio.sleep(0.2)
             if self._ended:
                 return

@@ -101,7 +101,7 @@ async def _serve(path: Path, name: str, method: Any) -> EnvelopeServer:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {name: method}),))
     server.add_insecure_port(f"unix:{path}")
     await server.start()
-    path.chmod(0o600)
+    path.chmod(0o600)  # noqa: ASYNC240 - one quick call
     return EnvelopeServer(server, path)
 
 

@@ -16,7 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-from fedllm.errors import AliasConflict, AuthenticationError, ConfigError, FedllmError
+from fedllm.errors import AliasConflict, AuthenticationError, ConfigError, DecodeError, FedllmError
 from fedllm.identity import SigningIdentity
 from fedllm.ids import Digest, check_alias, check_digest
 from fedllm.registry.remote import aliases_to_json, manifest_to_json
@@ -94,7 +94,11 @@ Operator = Annotated[None, Depends(_operator)]
 async def _on_error(_request: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, FedllmError):
         raise error
-    status = 409 if isinstance(error, AliasConflict) else _STATUS.get(error.exit_code, 500)
+    status = _STATUS.get(error.exit_code, 500)
+    if isinstance(error, AliasConflict):
+        status = 409
+    elif isinstance(error, DecodeError):  # of something in the request: a digest that is none
+        status = 400
     body = {"code": error.code, "message": error.message, "hint": error.hint}
     return JSONResponse({"error": body}, status_code=status)
 

@@ -66,5 +66,5 @@ class Gate(Protocol):
         """Return the verdict on a candidate from masked sums only."""
 
 
-EpsilonOf = Callable[[Sequence[Mechanism]], float | None]
-"""Composes the mechanisms of every round that was begun; None when nothing bounds epsilon."""
+EpsilonOf = Callable[[Sequence[Mechanism], float], float | None]
+"""(mechanisms of every round planned, delta) to epsilon; None when nothing bounds it."""

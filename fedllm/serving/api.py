@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from fedllm.clock import Clock
 from fedllm.errors import AuthenticationError, FedllmError, NotReady, Overloaded
@@ -60,7 +59,7 @@ class EventStream(StreamingResponse):
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self._generation = generation
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Send the events, then close the generation."""
         try:
             await super().__call__(scope, receive, send)

@@ -54,12 +54,12 @@ def run(settings: ServeSettings) -> None:
         If ``fedllm[serve]`` is not installed.
     """
     try:
-        import torch
         import uvicorn
+
+        import fedllm.serving.native.engine  # noqa: F401 - a missing package is named before a port is taken
     except ModuleNotFoundError as error:
         raise MissingExtra("serve", error.name or "torch") from None
-    event(_LOG, "starting", torch=torch.__version__, uvicorn=uvicorn.__version__, threads=settings.threads)
-    torch.set_num_threads(settings.threads)
+    event(_LOG, "starting", uvicorn=uvicorn.__version__, device=settings.device, threads=settings.threads)
     with _listen(settings.host, settings.port) as listener:
         asyncio.run(_serve(settings, listener))
 
@@ -95,6 +95,7 @@ async def _serve(settings: ServeSettings, listener: socket.socket) -> None:
         rng=rng,
         dtype=settings.dtype,
         device=settings.device,
+        threads=settings.threads,
     )
     versions = Versions(engine, source, settings.base.resolve().name)
     watcher = AliasWatcher(source, engine, versions, counters, clock)

@@ -8,15 +8,13 @@ import numpy as np
 import pytest
 from secagg_world import IDENTITIES, NAMES, World, make_plan, roster_of
 
-from fedllm.aggregation.plain import plain_sum
 from fedllm.aggregation.secagg import SecAggOwner
 from fedllm.aggregation.secagg.keys import check_bundle, context, sign_bundle
-from fedllm.aggregation.vector import UpdateTail, UpdateVector
 from fedllm.errors import (
     FedllmError,
-    IntegrityError,
     PolicyRefused,
     ProtocolError,
+    RoundAborted,
     SignatureInvalid,
     StepMismatch,
 )
@@ -318,6 +316,35 @@ def test_a_bad_survivor_set_is_not_signed(survivors: tuple[OwnerId, ...], messag
         world.owners[EAST].confirm(survivors)
 
 
+def test_two_views_of_the_sharers_are_noticed_before_anything_is_opened() -> None:
+    """The consistency signature covers U2 too: an owner shown fewer sharers verifies nobody else's."""
+    world = World(7)
+    bundles = world.advertise()
+    deliveries = world.share(bundles)
+    fewer = tuple(n for n in world.names if n != NAMES[6])
+    kept = {k: v for k, v in deliveries[EAST].ciphertexts.items() if k in fewer}
+    commitments = {k: v for k, v in deliveries[EAST].commitments.items() if k in fewer}
+    world.owners[EAST].mask(ShareDelivery("update", fewer, commitments, kept), world.values(EAST))
+    for name in world.names[1:]:
+        world.owners[name].mask(deliveries[name], world.values(name))
+    signed = {n: world.owners[n].confirm(fewer) for n in fewer}
+    for asked, at_fault in ((EAST, "far"), (FAR, "east")):
+        with pytest.raises(SignatureInvalid, match=f"consistency of '{at_fault}'"):
+            world.owners[asked].unmask(UnmaskRequest("update", fewer, tuple(signed.values())))
+
+
+def test_the_plans_own_floor_counts_when_it_is_above_the_threshold() -> None:
+    """A plan that promises four survivors is held to it by both sides, though three could open the sum."""
+    plan = make_plan(NAMES[:4], min_survivors=4)
+    world = World(4, plans=dict.fromkeys(NAMES[:4], plan))
+    bundles = [owner.advertise() for owner in world.owners.values()]
+    with pytest.raises(ProtocolError, match="are 3 owners, at least 4"):
+        world.owners[EAST].share_keys(bundles[:3])
+    world.plan = plan
+    with pytest.raises(RoundAborted, match="3 of 4 owners advertised keys, at least 4"):
+        world.new_coordinator().advertised({b.owner: b for b in bundles[:3]})
+
+
 def test_steps_out_of_order_are_refused() -> None:
     """No step can be skipped or asked for early."""
     world = World(4)
@@ -360,25 +387,3 @@ def test_a_secret_is_never_printed() -> None:
     for secret in (owner._seed.hex(), repr(bytes(owner._seed)), repr(bytes(owner._mask.private)), str(share)):
         assert secret not in shown
     assert "redacted" in repr(owner)
-
-
-def test_a_sum_whose_masks_did_not_cancel_is_noticed() -> None:
-    """Decoding anything but the true sum fails: the owners' count and the range of every entry give it away."""
-    for _ in range(20):
-        codec = UpdateVector(make_plan(NAMES[:4]).ring, 4, 50, covered=True)
-        world = World(4, entries=codec.entries)
-        update = np.linspace(-1, 1, 50, dtype=np.float32)
-        values = {n: codec.encode(update, 1.0, UpdateTail(1, 0.0), OsRng()) for n in world.names}
-        deliveries = world.share(world.advertise())
-        vectors = {n: world.owners[n].mask(d, values[n]) for n, d in deliveries.items()}
-        survivors = world.coordinator.masked(vectors)
-        with pytest.raises(IntegrityError):
-            codec.decode(world.coordinator._sum & np.uint32(0xFFFFFF), len(survivors))
-        request = world.coordinator.confirmed(signatures(world, survivors))
-        total = world.coordinator.unmasked({n: world.owners[n].unmask(request) for n in survivors})
-        np.testing.assert_array_equal(total, plain_sum(list(values.values()), 24))
-        assert codec.decode(total, 4).owners == 4
-        with pytest.raises(IntegrityError, match="counts 4 owners, 5 survived"):
-            codec.decode(total, 5)
-        with pytest.raises(IntegrityError, match="owners"):
-            codec.decode(total, 3)

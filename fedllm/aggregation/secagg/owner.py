@@ -185,7 +185,7 @@ class SecAggOwner:
                 f"values of {values.dtype} and shape {values.shape} to mask: "
                 f"({t.entries},) uint32 below 2^{t.ring_bits} needed"
             )
-        digest = sha256(values.tobytes())
+        digest = sha256(np.ascontiguousarray(values).data)
         return self._once("mask", _Asked(delivery=delivery, values=digest), lambda: self._masked(delivery, values))
 
     def _masked(self, delivery: ShareDelivery, values: NDArray[np.uint32]) -> MaskedVector:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fedllm.adapter import AdapterState
 from fedllm.aggregation.methods import get_method
 from fedllm.aggregation.rules import Rule
@@ -31,9 +33,7 @@ def add_version(
     candidate: AdapterState,
     opened: UpdateSum,
     scores: ScoreSum | None,
-    *,
-    train_s: float,
-    epsilon_of: EpsilonOf,
+    privacy: PrivacyRecord,
 ) -> AdapterVersion:
     """Add the candidate to the registry and name it in the journal; doing it again changes nothing.
 
@@ -44,11 +44,9 @@ def add_version(
     ----------
     scores : ScoreSum or None
         None when too few owners scored it.
-    train_s : float
-        Wall seconds of the slowest owner's training.
     """
     plan = context.plan
-    metrics = {"train_s": train_s, "saturated": opened.saturated}
+    metrics = {"train_s": context.train_s, "saturated": opened.saturated}
     if opened.train_loss is not None:
         metrics["train_loss"] = opened.train_loss
     if scores is not None:
@@ -66,7 +64,7 @@ def add_version(
         method=plan.method,
         recipe=plan.recipe,
         metrics=metrics,
-        privacy=privacy_record(context, epsilon_of),
+        privacy=privacy,
         cohort_size=len(plan.cohort),
         survivors=opened.owners,
         plan=plan.digest,
@@ -76,14 +74,15 @@ def add_version(
     return version
 
 
-def privacy_record(context: RoundContext, epsilon_of: EpsilonOf) -> PrivacyRecord:
+async def privacy_record(context: RoundContext, epsilon_of: EpsilonOf) -> PrivacyRecord:
     """Return the advisory statement: every round planned so far, aborted ones included, composed."""
+    delta = context.federation.settings.delta
     mechanisms = [r.plan.mechanism for r in context.journal.rounds(context.name) if r.number <= context.number]
     return PrivacyRecord(
         unit=UNIT_RECORD,
         relation=RELATION_ADD_REMOVE,
-        epsilon=epsilon_of(mechanisms),
-        delta=context.federation.settings.delta,
+        epsilon=await asyncio.to_thread(epsilon_of, mechanisms, delta),
+        delta=delta,
         covers=f"each owner's training records over rounds 1 to {context.number}; held-out scores are outside it",
         source="advisory",
     )

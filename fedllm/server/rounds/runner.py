@@ -21,7 +21,7 @@ from fedllm.server.journal import Journal, RoundRecord
 from fedllm.server.plan import make_plan
 from fedllm.server.ports import EpsilonOf, Gate, Progress, RoundEvent, RoundState
 from fedllm.server.roster import Roll, Traffic
-from fedllm.server.rounds.aggregating import add_version, aggregate
+from fedllm.server.rounds.aggregating import add_version, aggregate, privacy_record
 from fedllm.server.rounds.begin import begin
 from fedllm.server.rounds.closing import close
 from fedllm.server.rounds.confirming import confirm
@@ -224,8 +224,9 @@ class RoundRunner:
             scores = await score(context, candidate, survivors)
         except (RoundAborted, IntegrityError) as error:  # a good sum without scores is a version that is held
             shortfall = error.message
+        privacy = await privacy_record(context, self._epsilon_of)
         # From here to the alias nothing waits: readers see the round before its verdict or after its move.
-        version = add_version(context, candidate, opened, scores, train_s=context.train_s, epsilon_of=self._epsilon_of)
+        version = add_version(context, candidate, opened, scores, privacy)
         verdict = judge(context, scores, shortfall, self._gate)
         context.published = publish(context, version, verdict)
         context.save_measures()

@@ -16,8 +16,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self, cast
+from typing import cast
+
+import torch
 
 from fedllm.adapter import AdapterState
 from fedllm.errors import AdapterInvalid, FedllmError, Overloaded, ProcessDied
@@ -41,6 +42,7 @@ from fedllm.serving.native.sampler import new_generator
 from fedllm.serving.native.scheduler import Scheduler, Work
 from fedllm.serving.native.sequence import Sequence
 from fedllm.serving.native.slots import SlotTable
+from fedllm.serving.native.stream import QueueStream, SlotLease
 
 
 @dataclass(frozen=True)
@@ -69,63 +71,6 @@ class EngineLimits:
     max_waiting: int = 64
     max_step_tokens: int = 256
     max_model_tokens: int = 4096
-
-
-class SlotLease:
-    """A slot held for one request; released at the end of the `with` block."""
-
-    def __init__(self, digest: Digest, slot: int, release: Callable[[], None]) -> None:
-        self._digest = digest
-        self.slot = slot
-        self._release: Callable[[], None] | None = release
-
-    @property
-    def digest(self) -> Digest:
-        """The version's digest."""
-        return self._digest
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._release is not None:
-            release, self._release = self._release, None
-            release()
-
-
-class QueueStream:
-    """Chunks of one sequence as the step thread delivers them."""
-
-    def __init__(self, sequence: Sequence, close: Callable[[Sequence], None]) -> None:
-        self.sequence = sequence
-        self.delivered = 0
-        self._chunks: asyncio.Queue[Chunk | FedllmError] = asyncio.Queue()
-        self._close = close
-        self._ended = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        if self._ended:
-            raise StopAsyncIteration
-        item = await self._chunks.get()
-        if isinstance(item, FedllmError):
-            self._ended = True
-            raise item
-        self._ended = item.finish_reason is not None
-        return item
-
-    def put(self, item: Chunk | FedllmError) -> None:
-        """Deliver a chunk, or the error that ends the stream."""
-        self._chunks.put_nowait(item)
-
-    async def aclose(self) -> None:
-        """Cancel what is left."""
-        self._ended = True
-        self._close(self.sequence)
 
 
 @dataclass(frozen=True)
@@ -407,6 +352,7 @@ async def open_engine(
     rng: Rng,
     dtype: str = "bfloat16",
     device: str = "cpu",
+    threads: int = 1,
 ) -> NativeEngine:
     """Load a base model and start its engine.
 
@@ -424,12 +370,15 @@ async def open_engine(
         ``bfloat16`` (where the device has it) or ``float32``.
     device : str
         A torch device.
+    threads : int
+        CPU threads of each operator; for the whole process.
 
     Raises
     ------
     BaseUnsupported
         If the folder is not a model that this engine computes exactly.
     """
+    torch.set_num_threads(threads)
     config = read_config(folder)
     weights = await asyncio.to_thread(load_weights, folder, config, dtype=choose_dtype(dtype, device), device=device)
     model = LlamaModel(

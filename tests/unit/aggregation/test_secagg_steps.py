@@ -11,10 +11,20 @@ from secagg_world import IDENTITIES, NAMES, World, make_plan, roster_of
 from fedllm import wire
 from fedllm.aggregation.plain import plain_sum
 from fedllm.aggregation.secagg import SecAggCoordinator
-from fedllm.errors import ConfigError, DecodeError, PolicyRefused, ProtocolError, RoundAborted, StepMismatch
+from fedllm.aggregation.vector import UpdateTail, UpdateVector
+from fedllm.errors import (
+    ConfigError,
+    DecodeError,
+    IntegrityError,
+    PolicyRefused,
+    ProtocolError,
+    RoundAborted,
+    StepMismatch,
+)
 from fedllm.ids import OwnerId
 from fedllm.messages.plan import Ring
 from fedllm.messages.secagg import UnmaskShares
+from fedllm.rng import OsRng
 
 EAST, FAR, MID, NORTH = NAMES[:4]
 
@@ -241,3 +251,25 @@ def test_impossible_sums_are_refused_by_both_sides() -> None:
         with pytest.raises(ProtocolError, match="to mask"):
             world.owners[EAST].mask(delivery, bad)  # type: ignore[arg-type]
     assert Ring(24, 16, 4.0).entry_bytes == 3
+
+
+def test_a_sum_whose_masks_did_not_cancel_is_noticed() -> None:
+    """Decoding anything but the true sum fails: the owners' count and the range of every entry give it away."""
+    for _ in range(20):
+        codec = UpdateVector(make_plan(NAMES[:4]).ring, 4, 50, covered=True)
+        world = World(4, entries=codec.entries)
+        update = np.linspace(-1, 1, 50, dtype=np.float32)
+        values = {n: codec.encode(update, 1.0, UpdateTail(1, 0.0), OsRng()) for n in world.names}
+        deliveries = world.share(world.advertise())
+        vectors = {n: world.owners[n].mask(d, values[n]) for n, d in deliveries.items()}
+        survivors = world.coordinator.masked(vectors)
+        with pytest.raises(IntegrityError):
+            codec.decode(world.coordinator._sum & np.uint32(0xFFFFFF), len(survivors))
+        request = world.coordinator.confirmed({n: world.owners[n].confirm(survivors) for n in survivors})
+        total = world.coordinator.unmasked({n: world.owners[n].unmask(request) for n in survivors})
+        np.testing.assert_array_equal(total, plain_sum(list(values.values()), 24))
+        assert codec.decode(total, 4).owners == 4
+        with pytest.raises(IntegrityError, match="counts 4 owners, 5 survived"):
+            codec.decode(total, 5)
+        with pytest.raises(IntegrityError, match="owners"):
+            codec.decode(total, 3)

@@ -77,8 +77,7 @@ def test_every_message_of_a_sum_is_the_known_answer(bits: int) -> None:
         assert message.ciphertexts == unhex(owners[name]["shares"]["ciphertexts"])
     deliveries = w.coordinator.shared(shared)
     masked = {
-        n: w.owners[n].mask(deliveries[n], np.array(owners[n]["values"], dtype=np.uint32))
-        for n in vector["survivors"]
+        n: w.owners[n].mask(deliveries[n], np.array(owners[n]["values"], dtype=np.uint32)) for n in vector["survivors"]
     }
     assert {n: m.chunks for n, m in masked.items()} == {
         n: (bytes.fromhex(owners[n]["masked"]),) for n in vector["survivors"]
@@ -144,9 +143,7 @@ def open_with(w: World, good: Vector, share: bytes) -> None:
     survivors = w.mask(w.share(w.advertise()), missing=[FAR])
     w.coordinator.confirmed({n: w.owners[n].confirm(survivors) for n in survivors})
     answers = {
-        n: UnmaskShares(
-            n, "update", unhex(good["owners"][n]["seed_shares"]), unhex(good["owners"][n]["key_shares"])
-        )
+        n: UnmaskShares(n, "update", unhex(good["owners"][n]["seed_shares"]), unhex(good["owners"][n]["key_shares"]))
         for n in survivors
     }
     answers[EAST].seed_shares["mid"] = share
@@ -161,6 +158,7 @@ def test_the_good_neighbours_of_the_bad_vectors_are_accepted() -> None:
     w.owners[EAST].advertise()
     w.owners[EAST].share_keys(bundles)
     assert wire.decode(KeyBundle, wire.encode(bundles[1])) == bundles[1]
+    assert wire.encode(bundles[1]) + b"\0" == bytes.fromhex(load("bundle_bad_trailing")["bytes"])
     check_packed([bytes.fromhex(good["owners"]["east"]["masked"])], 9, 3)
     share_from_bytes(bytes.fromhex(good["owners"]["east"]["seed_shares"]["mid"]))
     open_with(world(24), good, bytes.fromhex(good["owners"]["east"]["seed_shares"]["mid"]))

@@ -129,12 +129,27 @@ def test_rank_above_the_stack_is_refused() -> None:
         kernels.write_slot(stack, 0, [(torch.zeros(3, 8), torch.zeros(6, 3))], 3, 1.0)
 
 
-def test_both_ways_are_exercised() -> None:
-    """The threshold really selects the stacked way for decode and segments for prefill."""
-    small = cpu.plan(build_segments([0, 1, 2]), device="cpu")
-    large = cpu.plan(build_segments([0, 1] * 20), device="cpu")
-    single = cpu.plan(build_segments([1, 1, 1]), device="cpu")
-    assert small.foreign_LS is not None
-    assert large.foreign_LS is None
-    assert single.foreign_LS is None
-    assert single.rows_L is None
+@pytest.mark.parametrize(
+    ("slots", "padded"),
+    [
+        ([0, 1, 2], True),
+        ([2, 0, 1, 0], True),
+        ([0, -1, 1], True),
+        ([0, 1] * 20, False),
+        ([1, 1, 1], False),
+        ([0, 7], False),
+        ([0] * 9 + [1], True),
+        ([0] * 9 + [3], False),
+    ],
+)
+def test_both_ways_are_exercised(slots: list[int], padded: bool) -> None:
+    """Few tokens of near slots go one way; many tokens, one slot or far slots the other; both are right."""
+    segments = build_segments(slots)
+    chosen = cpu.plan(segments, device="cpu")
+    assert (chosen.padding is not None) == padded
+    stack = filled_stack(8, 3, 16, (12, 4), torch.float64)
+    x = torch.randn(len(slots), 16, dtype=torch.float64)
+    want, got = torch.zeros(2, len(slots), 16, dtype=torch.float64)
+    reference.lora_apply(want, x, stack, segments)
+    kernels.lora_apply(got, x, stack, chosen)
+    assert torch.allclose(want, got, atol=1e-12)

@@ -180,6 +180,8 @@ def test_a_bad_key_is_401_and_another_tenants_model_404(live) -> None:
 
 def test_a_full_queue_is_429_and_leaving_makes_room(live, client) -> None:
     """Three streams fill the queue; the fourth gets 429 with Retry-After; closed streams are cancelled."""
+    gate = threading.Event()
+    live.engine._commands.put(gate.wait)  # the step thread stands still until the test has looked
     streams = [
         client.chat.completions.create(model="tiny", messages=HELLO, max_tokens=400, stream=True) for _ in range(3)
     ]
@@ -190,6 +192,7 @@ def test_a_full_queue_is_429_and_leaving_makes_room(live, client) -> None:
     finally:
         for stream in streams:
             stream.close()
+        gate.set()
     end = time.monotonic() + 10
     while live.engine.stats().running or live.engine._streams:
         assert time.monotonic() < end

@@ -67,7 +67,7 @@ def sign(name: str, label: bytes, message: bytes) -> bytes:
 
 
 def identity(name: str) -> Ed25519PrivateKey:
-    """The owner's pinned identity."""
+    """Return the owner's pinned identity."""
     return Ed25519PrivateKey.from_private_bytes(bytes([NAMES.index(name) + 1] * 32))
 
 
@@ -169,6 +169,11 @@ def run(ring_bits: int) -> dict[str, object]:
     }  # fmt: skip
 
 
+def flip(text: str) -> str:
+    """Change the last bit of hex digits."""
+    return text[:-2] + f"{int(text[-2:], 16) ^ 1:02x}"
+
+
 def negatives(good: dict[str, object]) -> dict[str, dict[str, object]]:
     """Return inputs that must be refused: where each goes in, and the error code it must raise."""
     ctx = bytes.fromhex(good["context"])
@@ -186,26 +191,28 @@ def negatives(good: dict[str, object]) -> dict[str, dict[str, object]]:
     fields = {"owner": b"\x63far", "purpose": b"\x66update"}
     fields |= {k: b"\x58" + bytes([len(bytes.fromhex(bundle[k]))]) + bytes.fromhex(bundle[k]) for k in canonical[2:]}
     item = {k: bytes([0x60 + len(k)]) + k.encode() + fields[k] for k in canonical}
+    shuffled = b"\xa5" + b"".join(item[k] for k in reversed(canonical))
+    trailing = b"\xa5" + b"".join(item.values()) + b"\x00"
     return {
         "bundle_bad_signature": {
             "step": "bundle", "error": "signature-invalid", **bundle,
-            "signature": bundle["signature"][:-2] + f"{int(bundle['signature'][-2:], 16) ^ 1:02x}",
+            "signature": flip(bundle["signature"]),
         },
         "bundle_bad_length": {"step": "bundle", "error": "protocol", **bundle, "mask_key": bundle["mask_key"][2:]},
         "bundle_bad_low_order": {"step": "bundle", "error": "protocol", **low},
         "bundle_bad_noncanonical": {
-            "step": "wire", "error": "decode", "bytes": (b"\xa5" + b"".join(item[k] for k in reversed(canonical))).hex(),
+            "step": "wire", "error": "decode", "bytes": shuffled.hex(),
         },
         "bundle_bad_trailing": {
-            "step": "wire", "error": "decode", "bytes": (b"\xa5" + b"".join(item.values()) + b"\x00").hex(),
+            "step": "wire", "error": "decode", "bytes": trailing.hex(),
         },
-        "sealed_bad_tag": {"step": "sealed", "error": "protocol", "sealed": sealed[:-2] + f"{int(sealed[-2:], 16) ^ 1:02x}"},
+        "sealed_bad_tag": {"step": "sealed", "error": "protocol", "sealed": flip(sealed)},
         "sealed_bad_length": {"step": "sealed", "error": "protocol", "sealed": sealed[:-2]},
         "masked_bad_length": {"step": "masked", "error": "decode", "chunks": [east["masked"][:-2]]},
         "masked_bad_chunks": {"step": "masked", "error": "decode", "chunks": [east["masked"][:6], east["masked"][6:]]},
         "share_bad_unreduced": {"step": "share", "error": "decode", "share": P.to_bytes(33, "big").hex()},
         "share_bad_length": {"step": "share", "error": "decode", "share": share[2:]},
-        "share_bad_value": {"step": "open", "error": "round-aborted", "share": share[:-2] + f"{int(share[-2:], 16) ^ 1:02x}"},
+        "share_bad_value": {"step": "open", "error": "round-aborted", "share": flip(share)},
         "confirmation_bad_set": {"step": "confirmation", "error": "signature-invalid", "signature": other},
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ def _identity(data: bytes) -> bytes:
     return data
 
 
-@app.train("relay")
+@app.train("relay")  # type: ignore[untyped-decorator]
 def relay(message: Message, context: Context) -> Message:
     """Deliver one sealed envelope to the daemon's socket and return its sealed reply."""
     request = message.content["envelope"]["bytes"].numpy().tobytes()

@@ -145,7 +145,7 @@ class Relay:
             self._link.send({"op": "nodes", "nodes": nodes})
 
 
-@app.main()
+@app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Connect to the coordinator and relay until it hangs up."""
     link = Link(str(context.run_config["socket"]))

@@ -1,0 +1,128 @@
+"""``fedllm round``: ask a running coordinator for rounds and look at them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fedllm.cli.context import ControlApi, coordinator_settings, pick_federation
+from fedllm.cli.output import print_json, print_line, print_table, say
+from fedllm.errors import FedllmError, PolicyRefused, RoundAborted
+
+app = typer.Typer(no_args_is_help=True, help="Run rounds and look at them.")
+HOME = typer.Option(..., help="The coordinator's folder.")
+FEDERATION = typer.Option(None, help="Federation, if there are several.")
+JSON = typer.Option(False, "--json", help="Print JSON.")
+_POLL_S = 0.5
+_REFUSALS = {"policy-refused", "budget-exhausted", "base-mismatch"}
+
+
+@app.command("run")
+def run(
+    home: Path = HOME,
+    federation: str | None = FEDERATION,
+    rounds: int = typer.Option(1, min=1, help="How many rounds."),
+    follow: bool = typer.Option(True, help="Wait and show progress; otherwise only ask."),
+    as_json: bool = JSON,
+) -> None:
+    """Ask for rounds; exit 0 if all were judged, 3 if owners refused, 1 if one was aborted."""
+    api, name = _connect(home, federation)
+    before = [r["number"] for r in api.call("GET", f"/v1/federations/{name}/rounds")["rounds"]]
+    api.call("POST", f"/v1/federations/{name}/rounds", {"rounds": rounds})
+    if not follow:
+        print_line(f"asked for {rounds} rounds of {name}")
+        return
+    done = _follow(api, name, set(before), rounds)
+    if as_json:
+        print_json(done)
+    else:
+        _print_rounds(name, done)
+    for each in done:
+        if each["state"] == "ABORTED":
+            raise _abort_error(each)
+
+
+@app.command("list")
+def list_rounds(home: Path = HOME, federation: str | None = FEDERATION, as_json: bool = JSON) -> None:
+    """List every round: how it ended, what it made, what it cost."""
+    api, name = _connect(home, federation)
+    found = api.call("GET", f"/v1/federations/{name}/rounds")["rounds"]
+    if as_json:
+        print_json(found)
+    else:
+        _print_rounds(name, found)
+
+
+@app.command("show")
+def show(number: int, home: Path = HOME, federation: str | None = FEDERATION, as_json: bool = JSON) -> None:
+    """Show one round: seconds by phase, bytes by owner, verdict, faults."""
+    api, name = _connect(home, federation)
+    found = api.call("GET", f"/v1/federations/{name}/rounds/{number}")
+    if as_json:
+        print_json(found)
+        return
+    facts = [(k, found[k]) for k in ("state", "reason", "version", "promoted", "method", "survivors", "threshold")]
+    verdict = found["verdict"] or {}
+    facts += [("verdict", verdict.get("reason")), ("refusals", found["refusals"] or None), ("faults", found["faults"])]
+    print_table(f"{name}: round {number}", ("what", "value"), facts)
+    print_table("seconds", ("phase", "s"), found["timings"].items())
+    rows = [(owner, found["bytes_up"].get(owner, 0), found["bytes_down"].get(owner, 0)) for owner in found["cohort"]]
+    print_table("bytes", ("owner", "up", "down"), rows)
+
+
+@app.command("abort")
+def abort(
+    number: int,
+    home: Path = HOME,
+    federation: str | None = FEDERATION,
+    reason: str = typer.Option("aborted by the operator", help="Goes into the journal and to the owners."),
+) -> None:
+    """End the round in progress; reserved epsilon stays spent."""
+    api, name = _connect(home, federation)
+    api.call("POST", f"/v1/federations/{name}/rounds/{number}/abort", {"reason": reason})
+    print_line(f"round {number} of {name} is being aborted")
+
+
+def _connect(home: Path, federation: str | None) -> tuple[ControlApi, str]:
+    settings, federations, _ = coordinator_settings(home)
+    return ControlApi(settings), pick_federation(federations, federation).name
+
+
+def _follow(api: ControlApi, name: str, before: set[int], rounds: int) -> list[dict[str, Any]]:
+    last = ""
+    while True:
+        answer = api.call("GET", f"/v1/federations/{name}/rounds")
+        mine = [r for r in answer["rounds"] if r["number"] not in before]
+        if mine:
+            line = f"round {mine[-1]['number']}: {mine[-1]['state'].lower()} {mine[-1]['detail'] or ''}".rstrip()
+        else:
+            status = api.call("GET", "/v1/status")
+            line = next((f["waiting"] for f in status["federations"] if f["name"] == name), None) or "waiting"
+        if line != last:
+            say(line)
+        last = line
+        ended = [r for r in mine if r["ended"] is not None]
+        if len(ended) >= rounds or (ended and ended[-1]["state"] == "ABORTED" and not answer["wanted"]):
+            return ended
+        time.sleep(_POLL_S)
+        sys.stderr.flush()
+
+
+def _print_rounds(name: str, rounds: list[dict[str, Any]]) -> None:
+    rows = [
+        (r["number"], r["state"].lower(), "yes" if r["promoted"] else "no", (r["version"] or "-")[:12],
+         f"{r['survivors']}/{len(r['cohort'])}", r["wall_s"], r["overhead_s"],
+         (r["verdict"] or {}).get("reason") or r["reason"])
+        for r in rounds
+    ]  # fmt: skip
+    columns = ("round", "state", "live", "version", "owners", "wall s", "overhead s", "why")
+    print_table(f"rounds of {name}", columns, rows)
+
+
+def _abort_error(record: dict[str, Any]) -> FedllmError:
+    kind = PolicyRefused if record["code"] in _REFUSALS else RoundAborted
+    return kind(f"round {record['number']} was aborted: {record['reason']}", hint="'fedllm round show' has the details")

@@ -1,0 +1,160 @@
+"""The composition root of ``fedllm client start``: everything the daemon is handed is made here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from fedllm import telemetry
+from fedllm.client.daemon import Daemon
+from fedllm.client.policy import OwnerPolicy
+from fedllm.client.sandbox import Isolation, confined, probe, python_reads
+from fedllm.client.status import Status, write_status
+from fedllm.client.trainer import Trainer
+from fedllm.clock import Clock, SystemClock, iso_utc
+from fedllm.config import ClientSettings
+from fedllm.errors import ConfigError
+from fedllm.identity import Roster, SigningIdentity, VerifyKey
+from fedllm.ids import FederationName, OwnerId, check_name
+from fedllm.privacy.ledger import Ledger
+from fedllm.relay.flower import flower_environment, supernode_command
+from fedllm.relay.processes import Supervised
+from fedllm.relay.service import serve_deliver
+from fedllm.rng import OsRng
+
+_LOG = logging.getLogger(__name__)
+KEY_FILE = "owner.pem"
+POLICY_FILE = "policy.toml"
+LEDGER_FILE = "ledger.jsonl"
+SOCKET = Path("relay") / "relay.sock"
+"""Below the owner's folder; in a folder of its own, so that its user alone can reach it."""
+RUN_DIR = "flower"
+"""Below the owner's folder: all that SuperNode and relay may write."""
+FLOWER_HOLD_S = 20.0
+"""An exchange over Flower costs seconds: a request for unfinished work waits so long before it is put off."""
+_TRANSPORTS = ("flower", "local")
+_PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "no_proxy", "NO_PROXY")
+"""Environment of the SuperNode; nothing else of this process's goes to it."""
+
+
+def run(settings: ClientSettings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises
+    ------
+    FedllmError
+        If anything that the daemon needs is missing or wrong; the status file says ``stopped`` then.
+    """
+    if settings.transport not in _TRANSPORTS:
+        raise ConfigError(f"transport {settings.transport!r}: {' or '.join(_TRANSPORTS)} allowed")
+    check_name(settings.owner, what="owner")
+    # read by OpenMP when torch is first imported, which has not happened yet
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads)
+    asyncio.run(_serve(settings, SystemClock()))
+
+
+@dataclass
+class _Reporter:
+    """Writes the status file at every change of state."""
+
+    settings: ClientSettings
+    isolation: Isolation
+    clock: Clock
+
+    def say(self, state: str, records: int | None = None) -> None:
+        """Write one state."""
+        s = self.settings
+        write_status(
+            s.home,
+            Status(
+                state=state, pid=os.getpid(), owner=s.owner, federation=s.federation, transport=s.transport,
+                since=iso_utc(self.clock.now()), isolation=self.isolation.kind, isolation_why=self.isolation.why,
+                records=records,
+            ),
+        )  # fmt: skip
+
+
+async def _serve(settings: ClientSettings, clock: Clock) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    reporter = _Reporter(settings, probe([settings.home, settings.data]), clock)
+    identity = SigningIdentity.load(settings.home / KEY_FILE)
+    roster = Roster.load(settings.roster)
+    policy = OwnerPolicy.load(settings.home / POLICY_FILE)
+    coordinator = VerifyKey.parse(settings.coordinator_key)
+    reporter.say("loading")
+    try:
+        loading = asyncio.create_task(asyncio.to_thread(_load_trainer, settings))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            return
+        trainer = loading.result()
+        daemon = Daemon(
+            owner=OwnerId(settings.owner),
+            federation=FederationName(settings.federation),
+            home=settings.home,
+            identity=identity,
+            roster=roster,
+            coordinator=coordinator,
+            policy=policy,
+            ledger=Ledger.open(
+                settings.home / LEDGER_FILE, identity, clock, dataset=trainer.dataset,
+                limit_epsilon=policy.limit_epsilon, delta=policy.delta,
+            ),
+            trainer=trainer,
+            clock=clock,
+            rng=OsRng(),
+            release=metadata.version("fedllm"),
+            hold_s=FLOWER_HOLD_S if settings.transport == "flower" else 0.0,
+        )  # fmt: skip
+        server = await serve_deliver(settings.home / SOCKET, daemon.handle)
+        node = _supernode(settings, reporter.isolation) if settings.transport == "flower" else None
+        keeping = asyncio.create_task(node.keep(clock)) if node is not None else None
+        try:
+            reporter.say("ready", trainer.records)
+            telemetry.event(
+                _LOG, "ready", owner=settings.owner, federation=settings.federation, records=trainer.records,
+                transport=settings.transport, isolation=reporter.isolation.kind,
+            )  # fmt: skip
+            await stopping
+        finally:
+            if node is not None and keeping is not None:
+                await asyncio.to_thread(node.terminate)
+                await keeping
+            await server.stop()
+            await daemon.close()
+    finally:
+        reporter.say("stopped")
+
+
+def _load_trainer(settings: ClientSettings) -> Trainer:
+    from fedllm.client.train import LoraTrainer
+
+    return LoraTrainer.open(settings.base, settings.data, max_tokens=settings.max_tokens, threads=settings.threads)
+
+
+def _supernode(settings: ClientSettings, isolation: Isolation) -> Supervised:
+    """Return the SuperNode, with read access to Python and its own folder only where the system lets us."""
+    run_dir = settings.home / RUN_DIR
+    scratch = run_dir / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+    base = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    environ = flower_environment({**base, "TMPDIR": str(scratch)}, run_dir)
+    command = supernode_command(settings.superlink, settings.node_port, settings.home / SOCKET)
+    if isolation.kind == "landlock":
+        command = confined(command, read=python_reads(), write=[run_dir])
+    else:
+        sys.stderr.write(f"warning: relay not isolated: {isolation.why}\n")
+    return Supervised(
+        f"supernode of {settings.owner}", command, env=environ, log=settings.home / "supernode.log", cwd=run_dir
+    )

@@ -1,0 +1,180 @@
+"""`LoraTrainer`: the real `Trainer`, one base model and one owner's records held in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedllm.adapter import AdapterState, Factor
+from fedllm.client.dataset import ChatTokenizer, Example, open_dataset
+from fedllm.client.dpsgd import train_private
+from fedllm.client.evaluate import evaluate
+from fedllm.client.model import LoraModel
+from fedllm.client.trainer import Progress, Scores, Trained, check_steps, declared_size
+from fedllm.errors import ConfigError, DataError, NonFiniteUpdate
+from fedllm.ids import Digest, OwnerId
+from fedllm.messages.plan import Recipe, RoundPlan
+from fedllm.rng import Rng
+
+
+class LoraTrainer:
+    """Trains LoRA factors on one owner's records; loads the base model once.
+
+    Parameters
+    ----------
+    base_path : Path
+        Folder of the base model.
+    base : Digest
+        Its digest, computed by the caller.
+    data : Path
+        Folder with ``train.jsonl`` and ``heldout.jsonl``.
+    max_tokens : int
+        Longer records are left out; a plan may leave out more, never fewer.
+    owner : OwnerId, optional
+        This owner's name in plans. May be left out where a plan declares one owner only.
+    checkpointing : bool
+        Trade time for memory, see `LoraModel`.
+
+    Raises
+    ------
+    DataError
+        If the data folder cannot be used.
+    BaseUnsupported
+        If the base model cannot.
+    """
+
+    def __init__(
+        self,
+        base_path: Path,
+        base: Digest,
+        data: Path,
+        *,
+        max_tokens: int,
+        owner: OwnerId | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        self._tokenizer = ChatTokenizer(base_path)
+        self._max_tokens = max_tokens
+        self._owner = owner
+        self._data = open_dataset(data, self._tokenizer, max_tokens=max_tokens)
+        self._model = LoraModel(base_path, base, checkpointing=checkpointing)
+
+    @property
+    def base(self) -> Digest:
+        """Digest of the base model."""
+        return self._model.base
+
+    @property
+    def dataset(self) -> Digest:
+        """Digest of the data files, for the owner's own ledger."""
+        return self._data.digest
+
+    @property
+    def records(self) -> int:
+        """Number of usable training records."""
+        return len(self._data.train)
+
+    def fit(
+        self, head: AdapterState, plan: RoundPlan, factors: tuple[Factor, ...], rng: Rng, progress: Progress
+    ) -> Trained:
+        """Train `factors` from `head` by the plan's recipe; DP-SGD if the plan has a mechanism.
+
+        An exception raised by `progress` ends the training.
+
+        Raises
+        ------
+        PolicyRefused
+            If the plan prices another number of steps than it trains, or does not name this owner.
+        NonFiniteUpdate
+            If a gradient is not finite.
+        """
+        check_steps(plan)
+        started = time.perf_counter()
+        examples = [e for e in self._data.train if len(e.input_ids) <= plan.recipe.max_tokens]
+        self._model.load_state(head)
+        parameters = self._model.parameters(factors)
+        loss: float | None = None
+        if plan.mechanism.kind == "none":
+            loss = train_plain(self._model, parameters, examples, plan.recipe, rng, progress)
+        else:
+            declared = declared_size(plan, self._owner)
+            train_private(
+                self._model, parameters, examples, plan.recipe, plan.mechanism, declared, rng, progress
+            )  # fmt: skip
+        seconds = time.perf_counter() - started
+        return Trained(self._model.read_state(), len(examples), loss, plan.recipe.steps, seconds)
+
+    def score(self, state: AdapterState) -> Scores:
+        """Return the held-out loss of an adapter."""
+        return evaluate(self._model, state, self._data.heldout)
+
+    def rescore(self, state: AdapterState, folder: Path) -> float:
+        """Return the held-out loss of an adapter on another folder's records; for comparisons on public data."""
+        other = open_dataset(folder, self._tokenizer, max_tokens=self._max_tokens)
+        return evaluate(self._model, state, other.heldout).mean_loss
+
+
+def train_plain(
+    model: LoraModel,
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[Example],
+    recipe: Recipe,
+    rng: Rng,
+    progress: Progress,
+) -> float:
+    """Take `recipe.steps` steps without privacy, in place; return the mean training loss per record.
+
+    The loss is the mean over a batch of each record's token-mean answer loss; microbatches change memory only.
+
+    Raises
+    ------
+    ConfigError
+        If the recipe names an unknown optimiser.
+    NonFiniteUpdate
+        If a loss or gradient is not finite.
+    """
+    if not examples:
+        raise DataError(f"no training record has at most {recipe.max_tokens} tokens")
+    optimizer = _optimizer(recipe, parameters)
+    batches = _batches(len(examples), recipe.batch_size, rng)
+    total = 0.0
+    model.train_mode(True)
+    for step in range(recipe.steps):
+        batch = sorted((examples[i] for i in next(batches)), key=lambda example: len(example.input_ids))
+        optimizer.zero_grad(set_to_none=True)
+        for start in range(0, len(batch), recipe.microbatch):
+            sums, counts = model.answer_losses(batch[start : start + recipe.microbatch])
+            loss = (sums / counts).sum() / len(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item() / recipe.steps
+        if not all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in parameters):
+            raise NonFiniteUpdate(f"step {step + 1}: a gradient is not finite", hint="lower the learning rate")
+        optimizer.step()
+        progress(step + 1, recipe.steps)
+    optimizer.zero_grad(set_to_none=True)
+    model.train_mode(False)
+    return total
+
+
+def _optimizer(recipe: Recipe, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.learning_rate, weight_decay=0.0)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=recipe.learning_rate)
+    raise ConfigError(f"optimizer {recipe.optimizer!r}: adamw or sgd allowed")
+
+
+def _batches(records: int, size: int, rng: Rng) -> Iterator[list[int]]:
+    """Yield batches of indices without replacement, in a fresh random order each pass."""
+    queue: list[int] = []
+    while True:
+        while len(queue) < min(size, records):
+            keys = np.frombuffer(rng.token(8 * records), dtype="<u8")
+            queue += [int(i) for i in np.argsort(keys)]
+        yield queue[: min(size, records)]
+        del queue[: min(size, records)]

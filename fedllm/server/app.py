@@ -1,0 +1,245 @@
+"""The coordinator process: reads its home, puts the pieces together, serves until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import os
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedllm.basemodel.inspect import open_base
+from fedllm.clock import Clock, SystemClock
+from fedllm.config import CoordinatorSettings, FederationSettings
+from fedllm.errors import ConfigError, PortBusy
+from fedllm.identity import Roster, SigningIdentity
+from fedllm.registry.store import Registry
+from fedllm.relay.carrier import Carrier
+from fedllm.rng import OsRng, Rng
+from fedllm.server.federation import Federation, adapter_spec
+from fedllm.server.gate import ScoreGate
+from fedllm.server.journal import Journal
+from fedllm.server.ports import RoundEvent
+from fedllm.server.roster import Roll
+from fedllm.server.rounds.epsilon import advisory_epsilon
+from fedllm.server.rounds.runner import RoundRunner
+from fedllm.server.schedule import Schedule
+
+if TYPE_CHECKING:
+    import uvicorn
+
+KEY_FILE = "coordinator.pem"
+TOKEN_FILE = "operator.token"  # noqa: S105 - a file name
+_TOKEN_BYTES = 32
+_STOP_S = 5.0
+
+
+def run(settings: CoordinatorSettings, federations: Sequence[FederationSettings]) -> None:
+    """Run the coordinator until SIGTERM or Ctrl-C; unfinished rounds are resumed first.
+
+    Raises
+    ------
+    ConfigError
+        Nothing to coordinate, a setting that cannot work, or another coordinator on the same home.
+    PortBusy
+        Another program listens on the API's or the SuperLink's port.
+    NotFound, AuthenticationError
+        A key, roster or base model is missing, or the key can be read by others.
+    KeyboardInterrupt
+        After a clean stop by Ctrl-C.
+    """
+    if not federations:
+        raise ConfigError(f"{settings.home} names no federation", hint="add a [federation.<name>] section")
+    with _locked(settings.home):
+        asyncio.run(_serve(settings, federations))
+
+
+def load_federation(settings: FederationSettings, home: Path) -> Federation:
+    """Return a federation with the roster in `home` and the spec that its base model gives."""
+    base = open_base(settings.base)
+    spec = adapter_spec(
+        settings,
+        base=base.digest,
+        num_layers=base.num_layers,
+        shapes={module: base.module_shapes(module) for module in settings.target_modules},
+    )
+    return Federation(settings, spec, Roster.load(home / "rosters" / f"{settings.name}.json"))
+
+
+async def _serve(settings: CoordinatorSettings, federations: Sequence[FederationSettings]) -> None:
+    clock, rng = SystemClock(), OsRng()
+    identity = SigningIdentity.load(settings.home / KEY_FILE)
+    loaded = [load_federation(each, settings.home) for each in federations]
+    async with AsyncExitStack() as stack:
+        listener = stack.enter_context(_listen(settings.host, settings.port))
+        token = operator_token(settings.home / TOKEN_FILE, rng)
+        registry = Registry(settings.home / "registry", identity.public, clock)
+        stack.callback(registry.close)
+        journal = Journal(settings.home / "journal.sqlite")
+        stack.callback(journal.close)
+        carriers = await _open_carriers(settings, federations, clock, rng, stack)
+        events: list[Schedule] = []
+
+        def progress(event: RoundEvent) -> None:
+            events[0].progress(event)
+
+        runners = {
+            federation.name: RoundRunner(
+                federation,
+                identity,
+                Roll(federation.name, federation.roster, identity, carriers[federation.name], rng),
+                journal,
+                registry,
+                gate=ScoreGate(federation.settings.gate_margin),
+                epsilon_of=advisory_epsilon,
+                clock=clock,
+                rng=rng,
+                progress=progress,
+            )
+            for federation in loaded
+        }
+        schedule = Schedule(runners, journal, clock)
+        events.append(schedule)
+        await _until_stopped(schedule, registry, journal, identity, token, listener)
+
+
+async def _until_stopped(
+    schedule: Schedule,
+    registry: Registry,
+    journal: Journal,
+    identity: SigningIdentity,
+    token: str,
+    listener: socket.socket,
+) -> None:
+    from fedllm.server.api import ApiState, make_api
+
+    stopping = asyncio.Event()
+    signals: list[int] = []
+
+    def stop(number: int) -> None:
+        signals.append(number)
+        stopping.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, number)
+    server = _server(make_api(ApiState(registry, journal, schedule, identity, token, stopping)))
+    serving = asyncio.create_task(server.serve(sockets=[listener]), name="api")
+    rounds = asyncio.create_task(schedule.run(), name="rounds")
+    waiting = asyncio.create_task(stopping.wait(), name="stop")
+    try:
+        await asyncio.wait({serving, rounds, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (serving, rounds):
+            if task.done():
+                task.result()  # neither ends by itself but by an error that nobody foresaw: fail loudly
+    finally:
+        stopping.set()
+        rounds.cancel()
+        waiting.cancel()
+        server.should_exit = True
+        await asyncio.wait({serving, rounds}, timeout=_STOP_S)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    if signal.SIGINT in signals:
+        raise KeyboardInterrupt
+
+
+def _server(app: object) -> uvicorn.Server:
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def capture_signals(self) -> nullcontext[None]:  # type: ignore[override]
+            """Leave signals alone: the process handles them, for more than this server."""
+            return nullcontext()
+
+    return Server(
+        uvicorn.Config(
+            app,  # type: ignore[arg-type]
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(_STOP_S) - 2,
+        )
+    )
+
+
+async def _open_carriers(
+    settings: CoordinatorSettings,
+    federations: Sequence[FederationSettings],
+    clock: Clock,
+    rng: Rng,
+    stack: AsyncExitStack,
+) -> dict[str, Carrier]:
+    """Return a carrier for each federation: one SuperLink for all on Flower, sockets for local ones."""
+    carriers: dict[str, Carrier] = {}
+    flower = [each.name for each in federations if each.transport == "flower"]
+    if flower:
+        from fedllm.relay.flower import FlowerCarrier
+
+        shared = await FlowerCarrier.open(
+            settings.home / "flower",
+            host=settings.flower_host,
+            port=settings.flower_port,
+            clock=clock,
+            rng=rng,
+            environ=os.environ,
+        )
+        stack.push_async_callback(shared.close)
+        carriers |= dict.fromkeys(flower, shared)
+    for each in federations:
+        if each.transport == "local":
+            from fedllm.relay.local import LocalCarrier
+
+            local = LocalCarrier({owner: Path(path) for owner, path in each.sockets.items()}, clock=clock)
+            stack.push_async_callback(local.close)
+            carriers[each.name] = local
+        elif each.transport != "flower":
+            raise ConfigError(f"federation {each.name}: transport {each.transport!r}: flower or local allowed")
+    return carriers
+
+
+def operator_token(path: Path, rng: Rng) -> str:
+    """Return the operator's token, making it (mode 0600) when there is none."""
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(rng.token(_TOKEN_BYTES).hex() + "\n")
+    token = path.read_text(encoding="utf-8").strip()
+    if not token:
+        raise ConfigError(f"{path} is empty", hint="remove it; the coordinator writes a new one")
+    return token
+
+
+@contextmanager
+def _listen(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortBusy(
+                    f"{host}:{port} is taken by another program", hint="set [coordinator] port, or --port"
+                ) from None
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+        yield listener
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    """Hold the home: two coordinators on one journal would both resume the same round."""
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (home / "coordinator.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"another coordinator runs on {home}", hint="stop it, or give this one a home of its own"
+            ) from None
+        yield

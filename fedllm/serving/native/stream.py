@@ -1,0 +1,70 @@
+"""What a request holds of the engine: its slot, and the queue its chunks come through."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from fedllm.errors import FedllmError
+from fedllm.ids import Digest
+from fedllm.serving.engine import Chunk
+from fedllm.serving.native.sequence import Sequence
+
+
+class SlotLease:
+    """A slot held for one request; released at the end of the `with` block."""
+
+    def __init__(self, digest: Digest, slot: int, release: Callable[[], None]) -> None:
+        self._digest = digest
+        self.slot = slot
+        self._release: Callable[[], None] | None = release
+
+    @property
+    def digest(self) -> Digest:
+        """The version's digest."""
+        return self._digest
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._release is not None:
+            release, self._release = self._release, None
+            release()
+
+
+class QueueStream:
+    """Chunks of one sequence as the step thread delivers them."""
+
+    def __init__(self, sequence: Sequence, close: Callable[[Sequence], None]) -> None:
+        self.sequence = sequence
+        self.delivered = 0
+        self._chunks: asyncio.Queue[Chunk | FedllmError] = asyncio.Queue()
+        self._close = close
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self._ended:
+            raise StopAsyncIteration
+        item = await self._chunks.get()
+        if isinstance(item, FedllmError):
+            self._ended = True
+            raise item
+        self._ended = item.finish_reason is not None
+        return item
+
+    def put(self, item: Chunk | FedllmError) -> None:
+        """Deliver a chunk, or the error that ends the stream."""
+        self._chunks.put_nowait(item)
+
+    async def aclose(self) -> None:
+        """Cancel what is left."""
+        self._ended = True
+        self._close(self.sequence)
