@@ -253,7 +253,7 @@ class World:
         """Return a coordinator that was started just now."""
         self.journal = Journal(self.folder / "journal.sqlite")
         self.registry = Registry(self.folder / "registry", self.identity.public, self.clock)
-        roll = Roll("tools", self.roster, self.identity, self.carrier, SeededRng(self.clock.now().hex()))
+        roll = Roll(self.settings.name, self.roster, self.identity, self.carrier, SeededRng(self.clock.now().hex()))
         return RoundRunner(
             self.federation, self.identity, roll, self.journal, self.registry,
             gate=self.gate, epsilon_of=self.epsilon_of, clock=self.clock, rng=SeededRng(self.clock.now().hex() + "n"),

@@ -46,8 +46,8 @@ def show(version: str, home: Path = HOME) -> None:
     found = _find(api, version)
     from fedllm.registry.remote import manifest_from_json
 
-    manifest_from_json(found).open(key)
-    print_json(_row(found))
+    manifest = manifest_from_json(found).open(key)
+    print_json({**_row(found), "base": manifest.base, "plan": manifest.plan, "files": sorted(manifest.files)})
 
 
 @app.command("promote")
@@ -136,24 +136,15 @@ def _find(api: ControlApi, wanted: str) -> dict[str, Any]:
 
 
 def _row(version: dict[str, Any]) -> dict[str, Any]:
-    from fedllm import wire
-    from fedllm.registry.model import Manifest
-    from fedllm.registry.remote import manifest_from_json
-
-    manifest = wire.decode(Manifest, manifest_from_json(version).manifest)
+    privacy, metrics = version["privacy"], version["metrics"]
     return {
-        "name": f"{manifest.federation}@v{manifest.number}",
-        "digest": manifest.digest,
-        "parent": manifest.parent,
-        "round": manifest.round,
-        "base": manifest.base,
-        "method": manifest.method,
-        "owners": f"{manifest.survivors}/{manifest.cohort_size}",
-        "candidate_loss": manifest.metrics.get("candidate_loss"),
-        "head_loss": manifest.metrics.get("head_loss"),
-        "epsilon": manifest.privacy.epsilon,
-        "delta": manifest.privacy.delta,
-        "unit": manifest.privacy.unit,
-        "covers": manifest.privacy.covers,
-        "source": manifest.privacy.source,
+        "name": version["name"],
+        "digest": version["digest"],
+        "parent": version["parent"],
+        "round": version["round"],
+        "method": version["method"],
+        "owners": f"{version['survivors']}/{version['cohort_size']}",
+        "candidate_loss": metrics.get("candidate_loss"),
+        "head_loss": metrics.get("head_loss"),
+        **privacy,
     }

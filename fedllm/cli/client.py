@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -170,7 +171,7 @@ def policy_set(name: str, value: str, home: Path = HOME) -> None:
     print_line(f"{name} = {changed.to_table()[name]}")
 
 
-def _read_offer(file: Path) -> dict[str, dict[str, str]]:
+def _read_offer(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise NotFound(f"no join file {file}", hint="the operator makes it with 'fedllm owner join-file'")
     try:
@@ -180,4 +181,4 @@ def _read_offer(file: Path) -> dict[str, dict[str, str]]:
     wanted = {"fedllm_join", "federation", "coordinator_key", "superlink", "transport", "max_tokens", "roster"}
     if not isinstance(offer, dict) or set(offer) != wanted or offer["fedllm_join"] != 1:
         raise ConfigError(f"{file} is not a join file of version 1", hint="ask the operator for a fresh one")
-    return offer
+    return dict(offer)

@@ -8,6 +8,7 @@ autograd and Opacus see the upper part only.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class LoraModel:
         from transformers import AutoModelForCausalLM
 
         self.base = base
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=native_dtype())
         if not (hasattr(model, "model") and hasattr(model.model, "layers") and hasattr(model.model, "norm")):
             raise BaseUnsupported(f"{folder} holds a {type(model).__name__}; a Llama-family model is needed")
         self._causal: Any = model.requires_grad_(False).eval()
@@ -94,7 +95,10 @@ class LoraModel:
             r=spec.rank, lora_alpha=spec.alpha, target_modules=sorted(spec.modules),
             layers_to_transform=list(spec.layers), lora_dropout=0.0, bias="none", task_type="CAUSAL_LM",
         )  # fmt: skip
-        self._peft = get_peft_model(self._causal, config)
+        with warnings.catch_warnings():
+            # peft asks transformers a question that transformers has renamed
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+            self._peft = get_peft_model(self._causal, config)
         self._spec = spec
         self._peft.requires_grad_(False)
         for name, shape in spec.layout().entries:
@@ -218,9 +222,14 @@ class LoraModel:
         return parameter
 
 
+def native_dtype() -> torch.dtype:
+    """Return bfloat16 where this CPU multiplies it, else float32: emulated bfloat16 is over ten times slower."""
+    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+
+
 def _part(inner: Any, start: int, stop: int) -> Any:
     """Return `inner` with only some of its layers; modules are shared, not copied."""
     part = copy.copy(inner)
-    part._modules = dict(inner._modules)  # noqa: SLF001 - nn.Module has no public shallow copy
+    part._modules = dict(inner._modules)  # nn.Module has no public shallow copy
     part.layers = nn.ModuleList(inner.layers[start:stop])
     return part

@@ -40,22 +40,32 @@ def train_alone(
     from fedllm.basemodel.inspect import open_base
     from fedllm.client.train import LoraTrainer
     from fedllm.config import FederationSettings
-    from fedllm.ids import OwnerId, RoundNumber
+    from fedllm.identity import Roster, SigningIdentity
+    from fedllm.ids import OwnerId
     from fedllm.rng import OsRng, SeededRng
-    from fedllm.server.federation import adapter_spec
-    from fedllm.server.plan import local_plan
+    from fedllm.server.federation import Federation, Head, adapter_spec
+    from fedllm.server.plan import make_plan
 
     base = open_base(base_path)
-    settings = FederationSettings(name="alone", base=base_path, alias="alone/alone", **keys)
-    spec = adapter_spec(settings, base)
-    trainer = LoraTrainer(base_path, base.digest, data[owner], max_tokens=settings.max_tokens)
+    me = OwnerId(owner)
+    trainer = LoraTrainer(base_path, base.digest, data[owner], max_tokens=keys["max_tokens"], owner=me)
+    declared = dict.fromkeys(data, trainer.records)
+    settings = FederationSettings(name="alone", base=base_path, alias="alone/alone", declared_records=declared, **keys)
+    shapes = {module: base.module_shapes(module) for module in settings.target_modules}
+    spec = adapter_spec(settings, base=base.digest, num_layers=base.num_layers, shapes=shapes)
+    # A plan names a cohort; nobody is asked, the keys are made up, and only this owner trains by it.
+    owners = [OwnerId(each) for each in data]
+    federation = Federation(settings, spec, Roster.of({each: SigningIdentity.generate().public for each in owners}))
     method = get_method(settings.method)
     state = AdapterState.initial(spec, SeededRng(f"{owner}/{spec.digest}"))
     for number in range(1, rounds + 1):
-        plan = local_plan(settings, spec, state, OwnerId(owner), trainer.records, RoundNumber(number), OsRng())
-        factors = method.trainable(number)
-        state = trainer.fit(state, plan, factors, OsRng(), lambda done, total: None).state
+        plan = make_plan(federation, Head(state, None), number, owners, OsRng())
+        state = trainer.fit(state, plan, method.trainable(number), OsRng(), _silent).state
     return {each: trainer.rescore(state, folder) for each, folder in data.items()}
+
+
+def _silent(_done: int, _total: int) -> None:
+    """Show no progress."""
 
 
 def main() -> None:

@@ -50,6 +50,13 @@ def command(*arguments: str | Path, environ: Mapping[str, str] | None = None) ->
     return done.stdout.strip()
 
 
+def toml_value(value: object) -> str:
+    """Return a number, string, boolean or flat table as TOML."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{key} = {json.dumps(item)}" for key, item in value.items()) + " }"
+    return json.dumps(value)
+
+
 @dataclass
 class Cluster:
     """Folders, ports and processes of one demo.
@@ -107,14 +114,16 @@ class Cluster:
             command("client", "join", join, "--owner", owner, "--home", self.owner_home(owner), "--data", folder,
                     "--base", self.base, "--threads", str(threads), "--node-port", str(self.node_ports[owner]),
                     *(["--allow-without-dp"] if self.recipe.epsilon is None else limits))  # fmt: skip
-        secret = command("tenant", "add", TENANT, "--allow", ALIAS, "--tenants", self.root / "tenants.toml")
+        secret = command(
+            "tenant", "add", TENANT, "--allow", ALIAS, "--allow", "base", "--tenants", self.root / "tenants.toml"
+        )
         (self.root / "tenant.key").write_text(secret, encoding="utf-8")
         self.coordinator_key = key.splitlines()[-1]
         self.tenant_key = secret.splitlines()[-1]
 
     def _configure(self) -> None:
         path = self.home / "fedllm.toml"
-        keys = "\n".join(f"{name} = {json.dumps(value)}" for name, value in self.recipe.federation.items())
+        keys = "\n".join(f"{name} = {toml_value(value)}" for name, value in self.recipe.federation.items())
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace(f'alias = "{ALIAS}"\n', f'alias = "{ALIAS}"\n{keys}\n'), encoding="utf-8")
 
@@ -123,11 +132,15 @@ class Cluster:
         self.start_process("coordinator", "coordinator", "start", "--home", str(self.home))
         for owner in self.data:
             self.start_process(owner, "client", "start", "--home", str(self.owner_home(owner)))
-        self.start_process(
-            "endpoint", "serve", "--base", str(self.base), "--registry", f"http://127.0.0.1:{self.api_port}",
+        self.start_process("endpoint", *self.endpoint_arguments())
+
+    def endpoint_arguments(self) -> list[str]:
+        """Return the command that starts the endpoint."""
+        return [
+            "serve", "--base", str(self.base), "--registry", f"http://127.0.0.1:{self.api_port}",
             "--coordinator-key", self.coordinator_key, "--tenants", str(self.root / "tenants.toml"),
             "--port", str(self.serve_port), "--threads", "1",
-        )  # fmt: skip
+        ]  # fmt: skip
 
     def start_process(self, name: str, *arguments: str) -> None:
         """Start one ``fedllm`` program, its log in ``<root>/logs/<name>.log``."""

@@ -17,9 +17,10 @@ from fedllm.errors import ProcessDied
 
 def train_all_alone(data: Mapping[str, Path], base: Path, recipe: DemoRecipe) -> dict[str, tuple[float, float]]:
     """Train and score every owner's own adapter; return owner to (loss at home, mean loss everywhere)."""
-    with tempfile.TemporaryDirectory(prefix="fedllm-alone-") as folder:
-        with ThreadPoolExecutor(max_workers=min(len(data), os.cpu_count() or 1)) as pool:
-            losses = dict(zip(data, pool.map(lambda o: _train(o, data, base, recipe, Path(folder)), data), strict=True))
+    workers = min(len(data), os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory(prefix="fedllm-alone-") as folder, ThreadPoolExecutor(workers) as pool:
+        rows = pool.map(lambda owner: _train(owner, data, base, recipe, Path(folder)), data)
+        losses = dict(zip(data, rows, strict=True))
     return {owner: (row[owner], sum(row.values()) / len(row)) for owner, row in losses.items()}
 
 

@@ -64,8 +64,8 @@ def print_report(report: DemoReport, console: Console) -> None:
         console.print("privacy: none was asked for; nothing bounds what a version remembers of a record")
     else:
         console.print(
-            f"privacy: ε = {claim.epsilon:.2f} per {claim.unit} (add-or-remove-one) at δ = {claim.delta:g}, worst owner, "
-            "all rounds;\n         covers training records. Held-out scores leave only as masked sums, outside ε.\n"
+            f"privacy: ε = {claim.epsilon:.2f} per {claim.unit} (add-or-remove-one) at δ = {claim.delta:g}, "
+            "worst owner, all rounds;\n         covers training records. Held-out scores leave only as masked sums, outside ε.\n"
             "         An owner may do better alone at home: the table says where."
         )
     console.print(_facts_table(report))

@@ -19,7 +19,7 @@ from fedllm.clock import Clock
 from fedllm.config import CoordinatorSettings
 from fedllm.demo.cluster import Cluster, command, running
 from fedllm.demo.load import Load, Stream
-from fedllm.demo.purity import mixed
+from fedllm.demo.purity import RegretOf, mixed
 from fedllm.demo.recipe import ALIAS, DELTA, FEDERATION, DemoRecipe
 from fedllm.demo.report import DemoReport, HeldOut, PrivacyClaim
 from fedllm.errors import NotReady, RoundAborted
@@ -89,10 +89,10 @@ async def _loop(
     cluster: Cluster, alone: Mapping[str, tuple[float, float]] | None, clock: Clock, watch: Watcher
 ) -> DemoReport:
     watch.stage("starting 1 coordinator, 4 owners' daemons, 1 endpoint")
-    await _until_ready(cluster, clock)
+    await until_ready(cluster, clock)
     example = pick_example(cluster.data)
     prompts = [_prompt(line) for folder in cluster.data.values() for line in _heldout(folder)[:8]]
-    base_id = await _base_id(cluster)
+    base_id, base_digest = await _base_model(cluster)
     example["before"] = await _ask(cluster, base_id, example["prompt"])
     load = Load(cluster.endpoint, cluster.tenant_key, ALIAS, base_id, prompts)
     asking = asyncio.create_task(load.run())
@@ -111,9 +111,11 @@ async def _loop(
     watch.stage("scoring every answer under every version")
     example["after"] = await _ask(cluster, ALIAS, example["prompt"])
     finished = [s for s in load.streams if s.error is None]
-    suspects = mixed(finished, await _served_digests(cluster, control), await _regrets(cluster, finished, control))
-    swaps = (await _health(cluster))["swaps"]
-    return _report(cluster, rounds, load.streams, len(suspects), int(swaps), loop_s, alone, example)
+    models = {base_digest: base_id, **{d: f"{ALIAS}@{d}" for d in await _version_digests(control)}}
+    suspects = mixed(finished, list(models), await _regrets(cluster, finished, models))
+    # Every replacement of the endpoint's alias table is one flip, and this endpoint started with none.
+    swaps = int((await health(cluster))["epoch"])
+    return _report(cluster, rounds, load.streams, len(suspects), swaps, loop_s, alone, example)
 
 
 class Control:
@@ -140,7 +142,7 @@ class Control:
             return answer.json()
 
 
-async def _until_ready(cluster: Cluster, clock: Clock) -> None:
+async def until_ready(cluster: Cluster, clock: Clock) -> None:
     """Wait until every owner is connected and the endpoint answers."""
     deadline = clock.monotonic() + START_LIMIT_S
     waiting = "nothing answers yet"
@@ -148,9 +150,9 @@ async def _until_ready(cluster: Cluster, clock: Clock) -> None:
         cluster.check_alive()
         try:
             status = await Control(cluster).get("/v1/status")
-            health = await _health(cluster)
+            endpoint = await health(cluster)
             missing = [o["owner"] for f in status["federations"] for o in f["owners"] if not o["connected"]]
-            if not missing and health["status"] == "ok":
+            if not missing and endpoint["status"] == "ok":
                 return
             waiting = f"waiting for {', '.join(missing) or 'the endpoint'}"
         except (httpx.HTTPError, FileNotFoundError) as error:
@@ -181,22 +183,24 @@ async def _served(cluster: Cluster, rounds: list[dict[str, Any]], clock: Clock) 
     promoted = [r["version"] for r in rounds if r["promoted"]]
     deadline = clock.monotonic() + 60
     while promoted and clock.monotonic() < deadline:
-        if promoted[-1] in (await _health(cluster))["aliases"].values():
+        if promoted[-1] in {a["digest"] for a in (await health(cluster))["aliases"].values()}:
             return
         await clock.sleep(0.2)
 
 
-async def _health(cluster: Cluster) -> dict[str, Any]:
+async def health(cluster: Cluster) -> dict[str, Any]:
+    """Return the endpoint's health as the tenant sees it."""
     async with httpx.AsyncClient(trust_env=False, timeout=30.0) as client:
-        answer = await client.get(f"{cluster.endpoint}/health")
+        answer = await client.get(f"{cluster.endpoint}/health", headers=_tenant(cluster))
         found: dict[str, Any] = answer.json()
         return found
 
 
-async def _base_id(cluster: Cluster) -> str:
+async def _base_model(cluster: Cluster) -> tuple[str, str]:
+    """Return model id and digest of the base."""
     async with httpx.AsyncClient(trust_env=False, timeout=30.0, headers=_tenant(cluster)) as client:
         listed = (await client.get(f"{cluster.endpoint}/v1/models")).json()["data"]
-    return str(next(m["id"] for m in listed if "/" not in m["id"]))
+    return next((m["id"], m["digest"]) for m in listed if m["parent"] is None)
 
 
 async def _ask(cluster: Cluster, model: str, prompt: str) -> str:
@@ -207,23 +211,26 @@ async def _ask(cluster: Cluster, model: str, prompt: str) -> str:
         return str(answer.json()["choices"][0]["message"]["content"]).strip()
 
 
-async def _served_digests(cluster: Cluster, control: Control) -> list[str]:
-    versions = (await control.get("/v1/versions"))["versions"]
-    return [v["digest"] for v in versions] + [(await _health(cluster))["base"]]
+async def _version_digests(control: Control) -> list[str]:
+    return [v["digest"] for v in (await control.get("/v1/versions"))["versions"]]
 
 
-async def _regrets(cluster: Cluster, streams: list[Stream], control: Control) -> Any:
-    """Return a table look-up of (digest, stream) to regret, scored by the endpoint version by version."""
-    base = (await _health(cluster))["base"]
+async def _regrets(cluster: Cluster, streams: list[Stream], models: Mapping[str, str]) -> RegretOf:
+    """Score every answer under every version, through the endpoint; return the look-up of what was found.
+
+    Parameters
+    ----------
+    models : Mapping[str, str]
+        Version digest to the model id that pins it.
+    """
     table: dict[tuple[str, int], float] = {}
     async with httpx.AsyncClient(trust_env=False, timeout=120.0, headers=_tenant(cluster)) as client:
-        for digest in await _served_digests(cluster, control):
-            model = await _base_id(cluster) if digest == base else f"{ALIAS}@{digest}"
+        for digest, model in models.items():
             for stream in streams:
                 body = {"model": model, "prompt_token_ids": stream.prompt_tokens, "token_ids": stream.tokens}
                 answer = await client.post(f"{cluster.endpoint}/v1/score", json=body)
                 answer.raise_for_status()
-                table[digest, id(stream)] = sum(answer.json()["regret"])
+                table[digest, id(stream)] = sum(answer.json()["regrets"])
     return lambda digest, stream: table[digest, id(stream)]
 
 

@@ -68,6 +68,11 @@ def manifest_to_json(signed: SignedManifest, version: AdapterVersion) -> dict[st
     }
 
 
+def manifest_from_json(body: dict[str, Any]) -> SignedManifest:
+    """Return the signed manifest of a version's body; the caller opens it with the pinned key."""
+    return SignedManifest(_unb64(body, "manifest"), _unb64(body, "signature"))
+
+
 class HttpVersionSource:
     """A coordinator's registry over HTTP.
 
@@ -127,7 +132,7 @@ class HttpVersionSource:
         return [self._verified(row) for row in rows]
 
     def _verified(self, body: dict[str, Any]) -> AdapterVersion:
-        return AdapterVersion.of(SignedManifest(_unb64(body, "manifest"), _unb64(body, "signature")).open(self._key))
+        return AdapterVersion.of(manifest_from_json(body).open(self._key))
 
     async def _blob(self, digest: Digest) -> bytes:
         data = (await self._get(f"/v1/blobs/{digest}", {}, _TIMEOUT_S)).content

@@ -15,6 +15,7 @@ from pathlib import Path
 from fedllm import telemetry
 from fedllm.clock import Clock
 from fedllm.errors import ProcessDied
+from fedllm.relay.tether import descendants
 
 _LOG = logging.getLogger(__name__)
 _TETHER = Path(__file__).with_name("tether.py")
@@ -109,10 +110,11 @@ class Supervised:
         return self._process is not None and self.returncode is None
 
     def kill(self) -> None:
-        """End the command and its descendants as SIGKILL would, without a grace period; for tests of loss."""
+        """Send SIGKILL to the command, as a crash or the kernel would; what it started is then ended too."""
         if self._process is not None and self.alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+            for pid in descendants(self._process.pid)[:1] or [self._process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self._process.wait()
             self.alive()
 

@@ -99,6 +99,7 @@ def main(arguments: list[str]) -> int:
         if not (_signal_all(signal.SIGKILL, child) if late else descendants(os.getpid())):
             break
         time.sleep(0.02)
+    _reap(child)
     return 128 + signal.SIGKILL if code is None else code
 
 

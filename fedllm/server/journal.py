@@ -137,8 +137,10 @@ class Journal:
                 .values(rounds=_wanted.c.rounds - 1)
             )
 
-    def advance(self, federation: str, number: int, state: RoundState) -> bool:
+    def advance(self, federation: str, number: int, state: RoundState, measures: Mapping[str, Any]) -> bool:
         """Move a round on to a later state; return False, changing nothing, if it is there or past it.
+
+        `measures` so far are kept with it, so that a restart does not forget seconds and bytes.
 
         Raises
         ------
@@ -151,7 +153,8 @@ class Journal:
                 raise IntegrityError(f"round {number} of {federation} was aborted and cannot become {state}")
             if STATE_ORDER.index(found) >= STATE_ORDER.index(state):
                 return False
-            connection.execute(_rounds.update().where(*_is(federation, number)).values(state=state.value))
+            values = {"state": state.value, "measures": json.dumps(dict(measures))}
+            connection.execute(_rounds.update().where(*_is(federation, number)).values(**values))
             return True
 
     def abort(self, federation: str, number: int, *, code: str, reason: str) -> None:

@@ -69,7 +69,8 @@ def test_three_rounds_of_real_dp_sgd(tmp_path: Path) -> None:
     versions = owners.world.registry.versions()
     assert [v.number for v in versions] == [1, 2, 3]
     spent = {ledger.spent() for ledger in owners.ledgers.values()}
-    assert spent == {pytest.approx(versions[-1].manifest.privacy.epsilon)}
+    assert len(spent) == 1
+    assert max(spent) == pytest.approx(versions[-1].manifest.privacy.epsilon)
     assert not any(math.isinf(e) for e in spent)
     metrics = [v.manifest.metrics for v in versions]
     assert metrics[-1]["candidate_loss"] < metrics[0]["head_loss"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fedllm import wire
 from fedllm.aggregation.secagg.coordinator import SecAggCoordinator
@@ -98,8 +98,7 @@ class RoundContext:
         """Journal a transition, then act on it."""
         self.stop_watch()
         self.state = state
-        self.journal.advance(self.name, self.number, state)
-        self.save_measures()
+        self.journal.advance(self.name, self.number, state, self.measures())
         self.progress(RoundEvent(self.name, self.number, state))
 
     def stop_watch(self) -> None:
@@ -110,24 +109,24 @@ class RoundContext:
         self.entered = now
 
     def save_measures(self) -> None:
-        """Journal what was measured so far: seconds by phase, bytes by owner, faults by code."""
+        """Journal what was measured so far."""
+        self.journal.measure(self.name, self.number, self.measures())
+
+    def measures(self) -> dict[str, Any]:
+        """Return what was measured so far: seconds by phase, bytes by owner, faults by code; no content."""
         wall_s = self.clock.now() - self.started
-        self.journal.measure(
-            self.name,
-            self.number,
-            {
-                "timings": self.phase_s,
-                "bytes_up": self.roll.traffic.up,
-                "bytes_down": self.roll.traffic.down,
-                "wall_s": wall_s,
-                "train_s": self.train_s,
-                "overhead_s": wall_s - self.train_s,
-                "published": self.published,
-                "survivors": self.survivors,
-                "faults": [{"owner": f.owner, "code": f.code, "message": f.message} for f in self.roll.faults],
-                "refusals": {o: {"code": r.code, "message": r.message} for o, r in self.refusals.items()},
-            },
-        )
+        return {
+            "timings": self.phase_s,
+            "bytes_up": self.roll.traffic.up,
+            "bytes_down": self.roll.traffic.down,
+            "wall_s": wall_s,
+            "train_s": self.train_s,
+            "overhead_s": wall_s - self.train_s,
+            "published": self.published,
+            "survivors": self.survivors,
+            "faults": [{"owner": f.owner, "code": f.code, "message": f.message} for f in self.roll.faults],
+            "refusals": {o: {"code": r.code, "message": r.message} for o, r in self.refusals.items()},
+        }
 
     async def gather(
         self,

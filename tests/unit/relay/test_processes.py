@@ -110,14 +110,26 @@ def test_nothing_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
 
 
 def test_a_killed_leash_takes_its_command_with_it(tmp_path: Path) -> None:
-    """Killing the pid that we report is killing the program."""
+    """Killing the pid that is reported is killing the program."""
     code = "import os, pathlib, sys, time\npathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
     child = _child(tmp_path, code, tmp_path / "pid")
     child.start()
     command = int(_wait_for(tmp_path / "pid"))
-    child.kill()
-    assert not child.alive()
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
     assert _wait_gone(command)
+    child.terminate()
+    assert not child.alive()
+
+
+def test_what_a_crashed_command_started_is_ended_too(tmp_path: Path) -> None:
+    """A new SuperLink must not meet the executor of the old one."""
+    child = _child(tmp_path, ESCAPES, tmp_path / "pid")
+    child.start()
+    grandchild = int(_wait_for(tmp_path / "pid"))
+    child.kill()
+    assert child.returncode == 128 + signal.SIGKILL
+    assert _wait_gone(grandchild)
 
 
 def test_a_fallen_child_is_started_again(tmp_path: Path) -> None:
