@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +22,7 @@ from fedllm.errors import ConfigError
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
 from fedllm.ids import FederationName, OwnerId, check_name
 from fedllm.privacy.ledger import Ledger
-from fedllm.relay.flower import flower_environment, supernode_command
+from fedllm.relay.node import owner_processes
 from fedllm.relay.processes import Supervised
 from fedllm.relay.service import serve_deliver
 from fedllm.rng import OsRng
@@ -40,7 +39,7 @@ FLOWER_HOLD_S = 20.0
 """An exchange over Flower costs seconds: a request for unfinished work waits so long before it is put off."""
 _TRANSPORTS = ("flower", "local")
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "no_proxy", "NO_PROXY")
-"""Environment of the SuperNode; nothing else of this process's goes to it."""
+"""Environment of the relay's processes; nothing else of this process's goes to it."""
 
 
 def run(settings: ClientSettings) -> None:
@@ -118,8 +117,8 @@ async def _serve(settings: ClientSettings, clock: Clock) -> None:
             hold_s=FLOWER_HOLD_S if settings.transport == "flower" else 0.0,
         )  # fmt: skip
         server = await serve_deliver(settings.home / SOCKET, daemon.handle)
-        node = _supernode(settings, reporter.isolation) if settings.transport == "flower" else None
-        keeping = asyncio.create_task(node.keep(clock)) if node is not None else None
+        relay = _relay_processes(settings, reporter.isolation) if settings.transport == "flower" else ()
+        keeping = [asyncio.create_task(process.keep(clock)) for process in relay]
         try:
             reporter.say("ready", trainer.records)
             telemetry.event(
@@ -128,9 +127,8 @@ async def _serve(settings: ClientSettings, clock: Clock) -> None:
             )  # fmt: skip
             await stopping
         finally:
-            if node is not None and keeping is not None:
-                await asyncio.to_thread(node.terminate)
-                await keeping
+            await asyncio.gather(*(asyncio.to_thread(process.terminate) for process in relay))
+            await asyncio.gather(*keeping)
             await server.stop()
             await daemon.close()
     finally:
@@ -138,23 +136,28 @@ async def _serve(settings: ClientSettings, clock: Clock) -> None:
 
 
 def _load_trainer(settings: ClientSettings) -> Trainer:
+    from fedllm.basemodel.inspect import open_base
     from fedllm.client.train import LoraTrainer
 
-    return LoraTrainer.open(settings.base, settings.data, max_tokens=settings.max_tokens, threads=settings.threads)
-
-
-def _supernode(settings: ClientSettings, isolation: Isolation) -> Supervised:
-    """Return the SuperNode, with read access to Python and its own folder only where the system lets us."""
-    run_dir = settings.home / RUN_DIR
-    scratch = run_dir / "tmp"
-    scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
-    base = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
-    environ = flower_environment({**base, "TMPDIR": str(scratch)}, run_dir)
-    command = supernode_command(settings.superlink, settings.node_port, settings.home / SOCKET)
-    if isolation.kind == "landlock":
-        command = confined(command, read=python_reads(), write=[run_dir])
-    else:
-        sys.stderr.write(f"warning: relay not isolated: {isolation.why}\n")
-    return Supervised(
-        f"supernode of {settings.owner}", command, env=environ, log=settings.home / "supernode.log", cwd=run_dir
+    base = open_base(settings.base)
+    return LoraTrainer(
+        settings.base, base.digest, settings.data, max_tokens=settings.max_tokens, owner=OwnerId(settings.owner)
     )
+
+
+def _relay_processes(settings: ClientSettings, isolation: Isolation) -> tuple[Supervised, ...]:
+    """Return SuperNode and app host, with read access to Python and their own folder only where the system lets us."""
+    run_dir = settings.home / RUN_DIR
+
+    def confine(command: list[str]) -> list[str]:
+        if isolation.kind != "landlock":
+            return command
+        return confined(command, read=python_reads(), write=[run_dir])
+
+    if isolation.kind != "landlock":
+        telemetry.event(_LOG, "relay not isolated", level=logging.WARNING, why=isolation.why)
+    return owner_processes(
+        run_dir, superlink=settings.superlink, port=settings.node_port, daemon_socket=settings.home / SOCKET,
+        environ={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
+        log=settings.home / "supernode.log", confine=confine,
+    )  # fmt: skip

@@ -10,12 +10,14 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fedllm.adapter import AdapterSpec, AdapterState, Factor
 from fedllm.client.dataset import IGNORED, Example
@@ -180,11 +182,12 @@ class LoraModel:
         self._below.norm = nn.Identity()
         self._prefix.clear()
         self._prefix_bytes = 0
-        for layer in inner.layers:
-            layer.gradient_checkpointing = False
         if self._checkpointing:
-            # Non-re-entrant checkpointing loses per-sample gradients under Opacus' hooks.
-            self._causal.gradient_checkpointing_enable({"use_reentrant": True})
+            # Non-re-entrant checkpointing loses per-sample gradients under Opacus' hooks. Set by hand: the public
+            # switch has another name in each release of transformers.
+            for layer in inner.layers:
+                layer.gradient_checkpointing = True
+                layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=True)
 
     def _prefix_states(self, examples: Sequence[Example]) -> Tensor:
         """Return padded states below the first adapted layer, ``(batch, longest, hidden)``."""

@@ -25,7 +25,6 @@ from fedllm.demo.report import DemoReport, HeldOut, PrivacyClaim
 from fedllm.errors import NotReady, RoundAborted
 
 START_LIMIT_S = 240.0
-ENDED = {"JUDGED", "ABORTED"}
 
 
 class Watcher(Protocol):
@@ -173,7 +172,7 @@ async def _follow(cluster: Cluster, control: Control, clock: Clock, watch: Watch
         if rounds:
             last = rounds[-1]
             watch.round(last["number"], cluster.recipe.rounds, last["state"], last.get("detail") or "")
-            if len(rounds) == cluster.recipe.rounds and last["state"] in ENDED:
+            if len(rounds) == cluster.recipe.rounds and last["ended"] is not None:
                 return rounds
         await clock.sleep(0.5)
 

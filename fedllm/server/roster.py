@@ -7,6 +7,7 @@ sends garbage must not be able to stop the others' round.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -31,6 +32,9 @@ from fedllm.rng import Rng
 ANYBODY = ""
 """Receiver of a `Hello`: the coordinator does not know yet who is behind a node."""
 _CHALLENGE_BYTES = 32
+_KEPT_FAULTS = 200
+_LONGEST_SKIP = 16
+"""Roll calls that a node is left out of, at most, after it kept answering as nobody of this federation."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Roll:
         self._nodes: dict[OwnerId, str] = {}
         self.releases: dict[OwnerId, str] = {}
         self.traffic = Traffic()
-        self.faults: list[Fault] = []
+        self.faults: deque[Fault] = deque(maxlen=_KEPT_FAULTS)
+        self._cold: dict[str, tuple[int, int]] = {}
 
     @property
     def present(self) -> tuple[OwnerId, ...]:
@@ -102,7 +107,7 @@ class Roll:
         """
         nodes = set(await self._carrier.nodes())
         self._nodes = {owner: node for owner, node in self._nodes.items() if node in nodes}
-        strangers = sorted(nodes - set(self._nodes.values()))
+        strangers = [node for node in sorted(nodes - set(self._nodes.values())) if not self._skipped(node)]
         if strangers and len(self._nodes) < len(self._roster.members):
             challenges = {node: Hello(self._rng.token(_CHALLENGE_BYTES)) for node in strangers}
             asked = {node: self._hello(node, hello) for node, hello in challenges.items()}
@@ -112,6 +117,12 @@ class Roll:
                 if node in asked:
                     self._bind(node, data, asked[node], challenges[node])
         return self.present
+
+    def _skipped(self, node: str) -> bool:
+        left, length = self._cold.get(node, (0, 0))
+        if left:
+            self._cold[node] = (left - 1, length)
+        return left > 0
 
     def _hello(self, node: str, hello: Hello) -> Envelope:
         request = request_id("Hello", node, hello.challenge)
@@ -130,8 +141,12 @@ class Roll:
             if body.owner != owner or body.challenge != hello.challenge:
                 raise AuthenticationError(f"node {node} did not sign the challenge it was sent")
         except FedllmError as error:
+            # most likely another federation's owner: asked again, but less and less often
+            length = min(max(1, 2 * self._cold.get(node, (0, 0))[1]), _LONGEST_SKIP)
+            self._cold[node] = (length, length)
             self.faults.append(Fault(f"node {node}", error.code, error.message))
             return
+        self._cold.pop(node, None)
         self._nodes[owner] = node
         self.releases[owner] = body.release
 

@@ -16,7 +16,8 @@ import pytest
 
 from fedllm.client.sandbox import confined, probe, python_reads
 from fedllm.clock import SystemClock
-from fedllm.relay.flower import FlowerCarrier, flower_environment, supernode_command
+from fedllm.relay.flower import FlowerCarrier
+from fedllm.relay.node import owner_processes
 from fedllm.relay.processes import Supervised
 from fedllm.relay.service import EnvelopeServer, serve_deliver
 from fedllm.relay.tether import descendants
@@ -69,20 +70,28 @@ class Setting:
                 return bytes([i]) + data[::-1]
 
             self.servers.append(await serve_deliver(home / "relay" / "relay.sock", deliver))
-            self.nodes.append(self._node(home, f"127.0.0.1:{port}", node_ports[i]))
-            self.nodes[-1].start()
+            for process in self._processes(home, f"127.0.0.1:{port}", node_ports[i]):
+                process.start()
+                self.nodes.append(process)
         async with asyncio.timeout(90):
             while len(await self.carrier.nodes()) < OWNERS:  # noqa: ASYNC110 - other processes
                 await asyncio.sleep(0.2)
 
-    def _node(self, home: Path, superlink: str, port: int) -> Supervised:
-        run_dir = home / "flower"
-        (run_dir / "tmp").mkdir(parents=True)
-        environ = flower_environment({**os.environ, "TMPDIR": str(run_dir / "tmp")}, run_dir)
-        command = supernode_command(superlink, port, home / "relay" / "relay.sock")
-        if probe().kind == "landlock":
-            command = confined(command, read=python_reads(), write=[run_dir])
-        return Supervised(home.name, command, env=environ, log=home / "supernode.log", cwd=run_dir)
+    def _processes(self, home: Path, superlink: str, port: int) -> tuple[Supervised, ...]:
+        def confine(command: list[str]) -> list[str]:
+            if probe().kind != "landlock":
+                return command
+            return confined(command, read=python_reads(), write=[home / "flower"])
+
+        return owner_processes(
+            home / "flower",
+            superlink=superlink,
+            port=port,
+            daemon_socket=home / "relay" / "relay.sock",
+            environ=os.environ,
+            log=home / "supernode.log",
+            confine=confine,
+        )
 
     async def exchange(self, data: bytes) -> dict[int, bytes]:
         """Send the same to every node; return replies by owner."""

@@ -34,7 +34,7 @@ class Desk:
         return HttpVersionSource("http://test", key or self.world.identity.public, client=self.client)
 
 
-def with_api(tmp_path: Path, test: Callable[[Desk], Awaitable[None]]) -> None:
+def with_api(tmp_path: Path, test: Callable[[Desk], Awaitable[None]], *, rounds: int = 2) -> None:
     """Run a test against the API."""
 
     async def scenario() -> None:
@@ -42,7 +42,7 @@ def with_api(tmp_path: Path, test: Callable[[Desk], Awaitable[None]]) -> None:
         runner = world.runner()
         schedule = Schedule({"tools": runner}, world.journal, world.clock)
         world.events = _Forward(schedule)  # type: ignore[assignment]
-        await runner.run(2)
+        await runner.run(rounds)
         stopping = asyncio.Event()
         token = TOKEN["Authorization"].partition(" ")[2]
         state = ApiState(world.registry, world.journal, schedule, world.identity, token, stopping)
@@ -162,7 +162,7 @@ def test_control_needs_the_operators_token(tmp_path: Path, method: str, path: st
             assert answer.json()["error"]["code"] == "authentication"
         assert desk.world.journal.wanted("tools") == 0
 
-    with_api(tmp_path, test)
+    with_api(tmp_path, test, rounds=0)
 
 
 def test_rounds_are_listed_with_numbers_and_no_names_of_data(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from round_world import OWNERS, World
 
 from fedllm.errors import IntegrityError, NotFound, NotReady, PolicyRefused
 from fedllm.identity import SigningIdentity
+from fedllm.ids import sha256
 from fedllm.messages.round import Refused
 from fedllm.rng import SeededRng
 from fedllm.server.journal import Journal, RoundRecord
@@ -52,6 +53,20 @@ def test_a_stranger_and_an_impostor_are_nobody(tmp_path: Path) -> None:
     roll = roll_of(world)
     assert asyncio.run(roll.call(deadline_s=1.0)) == ("east", "north")
     assert {f.code for f in roll.faults} == {"signature-invalid"}
+
+
+def test_another_federations_node_is_asked_less_and_less(tmp_path: Path) -> None:
+    """A node that answers as nobody of this federation costs an exchange ever more rarely, not every time."""
+    world = World(tmp_path)
+    world.agents["west"].identity = SigningIdentity.from_seed(b"\x05" * 32)
+    roll = roll_of(world)
+    for _ in range(40):
+        asyncio.run(roll.call(deadline_s=1.0))
+    assert world.carrier.counts["west", "Hello"] == 6
+    world.agents["west"].identity = SigningIdentity.from_seed(bytes.fromhex(sha256(b"west")))
+    for _ in range(17):
+        asyncio.run(roll.call(deadline_s=1.0))
+    assert roll.present == OWNERS
 
 
 def test_a_node_that_went_is_unbound(tmp_path: Path) -> None:

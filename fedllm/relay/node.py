@@ -1,0 +1,53 @@
+"""The owner's side of the Flower carrier: a SuperNode and the warm start of its apps, both confined."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fedllm.relay.flower import flower_environment, flower_program, supernode_command
+from fedllm.relay.processes import Supervised
+from fedllm.relay.warm import PROGRAM, install
+
+Confine = Callable[[list[str]], list[str]]
+"""Wraps a command so that it runs with less access."""
+
+
+def owner_processes(
+    run_dir: Path,
+    *,
+    superlink: str,
+    port: int,
+    daemon_socket: Path,
+    environ: Mapping[str, str],
+    log: Path,
+    confine: Confine,
+) -> tuple[Supervised, ...]:
+    """Return the processes to keep running at an owner, none of them started.
+
+    Parameters
+    ----------
+    run_dir : Path
+        All that these processes may write; made if missing.
+    superlink : str
+        ``host:port`` of the federation's SuperLink.
+    port : int
+        Loopback port for the SuperNode's own processes.
+    daemon_socket : Path
+        Where the daemon is reached.
+    environ : Mapping[str, str]
+        What they inherit; nothing private should be in it.
+    log : Path
+    confine : Confine
+    """
+    scratch = run_dir / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
+    flower = flower_environment({**environ, "TMPDIR": str(scratch)}, run_dir)
+    programs, host = install(run_dir, sys.executable, flower_program(PROGRAM))
+    flower["PATH"] = f"{programs}{os.pathsep}{flower['PATH']}"
+    commands = {"app host": host, "supernode": supernode_command(superlink, port, daemon_socket)}
+    return tuple(
+        Supervised(name, confine(command), env=flower, log=log, cwd=run_dir) for name, command in commands.items()
+    )
