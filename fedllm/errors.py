@@ -2,11 +2,13 @@
 
 ::
 
-    FedllmError                          exit  code
+    class                                exit  code
+    FedllmError                           1    failed
     ├── ConfigError                       2    config
     │   ├── DataError                     2    data
     │   ├── MissingExtra                  2    extra-missing
-    │   └── BaseUnsupported               2    base-unsupported
+    │   ├── BaseUnsupported               2    base-unsupported
+    │   └── RequestInvalid                2    request-invalid
     ├── PolicyRefused                     3    policy-refused
     │   ├── BudgetExhausted               3    budget-exhausted
     │   └── BaseMismatch                  3    base-mismatch
@@ -99,6 +101,12 @@ class BaseUnsupported(ConfigError):
     """A base model folder is not one that fedllm can use."""
 
     code = "base-unsupported"
+
+
+class RequestInvalid(ConfigError):
+    """An app's request breaks the API's form or a limit that the message names."""
+
+    code = "request-invalid"
 
 
 class PolicyRefused(FedllmError):

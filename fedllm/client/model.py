@@ -48,9 +48,11 @@ class LoraModel:
 
     def __init__(self, folder: Path, base: Digest, *, checkpointing: bool = False) -> None:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # a daemon's stderr is its log
         self.base = base
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=native_dtype())
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=native_dtype(), local_files_only=True)
         if not (hasattr(model, "model") and hasattr(model.model, "layers") and hasattr(model.model, "norm")):
             raise BaseUnsupported(f"{folder} holds a {type(model).__name__}; a Llama-family model is needed")
         self._causal: Any = model.requires_grad_(False).eval()

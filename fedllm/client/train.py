@@ -64,16 +64,6 @@ class LoraTrainer:
         self._data = open_dataset(data, self._tokenizer, max_tokens=max_tokens)
         self._model = LoraModel(base_path, base, checkpointing=checkpointing)
 
-    @classmethod
-    def open(
-        cls, base_path: Path, data: Path, *, max_tokens: int, threads: int, owner: OwnerId | None = None
-    ) -> LoraTrainer:
-        """Check the base model's files, set this process's CPU threads, load; what a composition root calls."""
-        from fedllm.basemodel.inspect import open_base
-
-        torch.set_num_threads(threads)
-        return cls(base_path, open_base(base_path).digest, data, max_tokens=max_tokens, owner=owner)
-
     @property
     def base(self) -> Digest:
         """Digest of the base model."""

@@ -24,10 +24,10 @@ from fedllm.demo.bfcl import FAMILIES, WHEEL, read
 from fedllm.demo.calls import Record, chat
 from fedllm.errors import DataError, DigestMismatch, MissingExtra, NotFound
 
-MAX_TOKENS = 160
-TRAIN_CAP = 336
-HELDOUT = 32
-HELDOUT_SMALL = 24
+MAX_TOKENS = 192
+TRAIN_CAP = 168
+HELDOUT = 24
+HELDOUT_SMALL = 16
 SMALL_FAMILY = 200
 MANIFEST_FILE = "manifest.json"
 FORMAT = 1

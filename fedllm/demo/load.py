@@ -50,7 +50,7 @@ class Load:
     prompts : Sequence[str]
         Asked in turn.
     pause_s : float
-        Rest after each answer; training shares these cores.
+        Rest after each answer; may be changed while it runs. Training shares these cores.
     workers : int
         Streams in flight at once.
     """
@@ -60,7 +60,7 @@ class Load:
     alias: str
     base: str
     prompts: Sequence[str]
-    pause_s: float = 2.0
+    pause_s: float = 10.0
     workers: int = 2
     max_tokens: int = 24
     streams: list[Stream] = field(default_factory=list)

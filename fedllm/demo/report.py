@@ -65,7 +65,8 @@ def print_report(report: DemoReport, console: Console) -> None:
     else:
         console.print(
             f"privacy: ε = {claim.epsilon:.2f} per {claim.unit} (add-or-remove-one) at δ = {claim.delta:g}, "
-            "worst owner, all rounds;\n         covers training records. Held-out scores leave only as masked sums, outside ε.\n"
+            "worst owner, all rounds;\n"
+            "         covers training records. Held-out scores leave only as masked sums, outside ε.\n"
             "         An owner may do better alone at home: the table says where."
         )
     console.print(_facts_table(report))

@@ -25,6 +25,9 @@ from fedllm.demo.report import DemoReport, HeldOut, PrivacyClaim
 from fedllm.errors import NotReady, RoundAborted
 
 START_LIMIT_S = 240.0
+QUIET_S = 10.0
+"""Seconds between an app's requests while owners train: apps and owners share these cores."""
+BUSY_S = 1.0
 
 
 class Watcher(Protocol):
@@ -99,7 +102,7 @@ async def _loop(
     try:
         control = Control(cluster)
         await control.post(f"/v1/federations/{FEDERATION}/rounds", {"rounds": cluster.recipe.rounds})
-        rounds = await _follow(cluster, control, clock, watch)
+        rounds = await _follow(cluster, control, load, clock, watch)
         await _served(cluster, rounds, clock)
         await clock.sleep(6.0)  # the last version answers under load, too
     finally:
@@ -160,8 +163,11 @@ async def until_ready(cluster: Cluster, clock: Clock) -> None:
     raise NotReady(f"not ready after {START_LIMIT_S:.0f} s: {waiting}", hint=f"logs are in {cluster.root / 'logs'}")
 
 
-async def _follow(cluster: Cluster, control: Control, clock: Clock, watch: Watcher) -> list[dict[str, Any]]:
-    """Watch the rounds until all have ended; raise `RoundAborted` if one did."""
+async def _follow(cluster: Cluster, control: Control, load: Load, clock: Clock, watch: Watcher) -> list[dict[str, Any]]:
+    """Watch the rounds until all have ended; raise `RoundAborted` if one did.
+
+    Apps ask more often while a version is being scored, so that streams are open when the alias moves.
+    """
     while True:
         cluster.check_alive()
         rounds: list[dict[str, Any]] = (await control.get(f"/v1/federations/{FEDERATION}/rounds"))["rounds"]
@@ -171,6 +177,7 @@ async def _follow(cluster: Cluster, control: Control, clock: Clock, watch: Watch
                 raise RoundAborted(f"round {each['number']}: {each['reason']}", hint=f"logs in {cluster.root / 'logs'}")
         if rounds:
             last = rounds[-1]
+            load.pause_s = BUSY_S if last["state"] in {"EVALUATING", "JUDGED"} else QUIET_S
             watch.round(last["number"], cluster.recipe.rounds, last["state"], last.get("detail") or "")
             if len(rounds) == cluster.recipe.rounds and last["ended"] is not None:
                 return rounds

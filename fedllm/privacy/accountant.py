@@ -2,7 +2,8 @@
 
 The ledger of record is kept in PLD accounting (Koskela et al. 2020; Doroshenko et al. 2022, arXiv 2207.04380),
 which composes different mechanisms tightly; dp-accounting discretises pessimistically, so the value is an upper
-bound. Neighbouring data sets differ by adding or removing one unit.
+bound. Neighbouring data sets differ by adding or removing one unit. Histories beyond any useful budget are priced by
+Renyi accounting (Mironov et al. 2019, arXiv 1908.10530), also an upper bound, whose cost no plan can drive up.
 """
 
 from __future__ import annotations
@@ -11,10 +12,16 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from fedllm.messages.plan import Mechanism
 from fedllm.privacy.mechanism import load_dp_accounting
 
+_ROUGH = 100.0
+"""Above this the fast Renyi bound is good enough: a distribution of such losses would fill the memory."""
+_HEAVY = 1000.0
+"""Expected loss without sampling from which on that is looked at first."""
+_TINY = 1e-2  # below it the square may vanish
 _Steps = tuple[tuple[float, float, int], ...]
 
 
@@ -56,8 +63,18 @@ def _epsilon(steps: _Steps, delta: float, interval: float) -> float:
         return 0.0
     dp = load_dp_accounting()
     from dp_accounting.pld import PLDAccountant
+    from dp_accounting.rdp import RdpAccountant
 
-    accountant = PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, interval)
+    relation = dp.NeighboringRelation.ADD_OR_REMOVE_ONE
+    if any(noise < _TINY for noise, _, _ in steps) or sum(n / (2 * noise * noise) for noise, _, n in steps) > _HEAVY:
+        rough = _compose(RdpAccountant(neighboring_relation=relation), steps, delta)
+        if not rough <= _ROUGH:
+            return rough if rough > _ROUGH else math.inf
+    return _compose(PLDAccountant(relation, interval), steps, delta)
+
+
+def _compose(accountant: Any, steps: _Steps, delta: float) -> float:
+    dp = load_dp_accounting()
     for noise_multiplier, sample_rate, count in steps:
         event = dp.PoissonSampledDpEvent(sample_rate, dp.GaussianDpEvent(noise_multiplier))
         accountant.compose(event, count)

@@ -39,7 +39,8 @@ def clip_l2(x: NDArray[Any], max_norm: float) -> tuple[NDArray[Any], float]:
     """
     if not (np.isfinite(max_norm) and max_norm > 0):
         raise ValueError(f"clip norm {max_norm}: positive and finite needed")
-    norm = float(np.linalg.norm(x.astype(np.float64).ravel()))
+    with np.errstate(over="ignore", invalid="ignore"):  # found and named below
+        norm = float(np.linalg.norm(x.astype(np.float64).ravel()))
     if not np.isfinite(norm):
         raise NonFiniteUpdate(
             f"vector of {x.size} entries has norm {norm}; a finite norm is needed to clip to {max_norm:g}",

@@ -21,6 +21,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import grpc
+import grpc.aio
+
 from fedllm import telemetry
 from fedllm.clock import Clock
 from fedllm.errors import DecodeError, PeerUnavailable, PortBusy
@@ -88,7 +91,7 @@ def supernode_command(superlink: str, port: int, daemon_socket: Path) -> list[st
 
 @dataclass
 class _Parcel:
-    """One request of one exchange on its way."""
+    """One request of one exchange on its way; `sent_on` is the run that it was last given to, 0 for none."""
 
     tag: str
     node: str
@@ -96,6 +99,7 @@ class _Parcel:
     until_s: float
     answer: asyncio.Future[bytes | None]
     resends: int = 0
+    sent_on: int = 0
 
 
 @dataclass
@@ -223,10 +227,14 @@ class FlowerCarrier:
         run = self._run
         if run is None or not parcels:
             return  # the next run sends everything that is pending when it connects
+        for parcel in parcels:
+            parcel.sent_on = self.runs
         now_s = self._clock.monotonic()
         items = [{"node": p.node, "tag": p.tag, "ttl_s": max(1.0, p.until_s - now_s)} for p in parcels]
         frame = pack_frame({"op": "send", "items": items}, *(p.data for p in parcels))
-        with contextlib.suppress(Exception):  # a broken stream ends the run, whose successor sends again
+        with contextlib.suppress(
+            grpc.RpcError, grpc.aio.BaseError
+        ):  # a broken stream ends the run, whose successor sends again
             async with run.writing:
                 await run.write(frame)
 
@@ -267,7 +275,7 @@ class FlowerCarrier:
             telemetry.event(_LOG, "nodes", count=len(run.nodes))
             if first:
                 self._connected.set()
-                await self._send([p for p in self._parcels.values() if not p.answer.done()])
+                await self._send([p for p in self._parcels.values() if not p.answer.done() and p.sent_on < self.runs])
             return
         parcel = self._parcels.get(str(header.get("tag")))
         if parcel is None or parcel.answer.done():

@@ -30,6 +30,8 @@ _OK = b"+"
 def install(run_dir: Path, python: str, program: str) -> tuple[Path, list[str]]:
     """Write the launcher; return the folder to put first in ``PATH`` and the command of the host.
 
+    Both run from a copy of this file in `run_dir`, which is all of fedllm that they need to read.
+
     Parameters
     ----------
     run_dir : Path
@@ -39,11 +41,13 @@ def install(run_dir: Path, python: str, program: str) -> tuple[Path, list[str]]:
     """
     folder = run_dir / "bin"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    script = folder / "warm.py"
+    script.write_bytes(Path(__file__).read_bytes())
     launcher = folder / PROGRAM
-    command = [python, "-I", "-S", __file__, "launch", str(run_dir / SOCKET), program]
+    command = [python, "-I", "-S", str(script), "launch", str(run_dir / SOCKET), program]
     launcher.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
     launcher.chmod(0o700)
-    return folder, [python, __file__, "serve", str(run_dir / SOCKET)]
+    return folder, [python, str(script), "serve", str(run_dir / SOCKET)]
 
 
 def launch(path: str, fallback: str, arguments: Sequence[str]) -> int:

@@ -12,9 +12,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
 from fedllm.clock import Clock
-from fedllm.errors import AuthenticationError, FedllmError, NotReady, Overloaded
+from fedllm.errors import AuthenticationError, FedllmError, NotReady, Overloaded, RequestInvalid
 from fedllm.rng import Rng
-from fedllm.serving.engine import Engine, RequestInvalid
+from fedllm.serving.engine import Engine
 from fedllm.serving.generation import Generation, chunk_body, fit, full_body, tokenize, usage_body
 from fedllm.serving.metrics import Counters
 from fedllm.serving.openai import (

@@ -9,19 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import ClassVar, Literal, Protocol, Self
+from typing import Literal, Protocol, Self
 
 from fedllm.adapter import AdapterState
-from fedllm.errors import ConfigError
 from fedllm.ids import Digest
 
 FinishReason = Literal["stop", "length"]
-
-
-class RequestInvalid(ConfigError):
-    """A request asks for something outside the endpoint's limits; the message names the limit."""
-
-    code: ClassVar[str] = "request-invalid"
 
 
 @dataclass(frozen=True)

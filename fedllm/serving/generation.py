@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fedllm.errors import RequestInvalid
 from fedllm.ids import Digest
-from fedllm.serving.engine import Engine, FinishReason, GenerationRequest, Lease, RequestInvalid
+from fedllm.serving.engine import Engine, FinishReason, GenerationRequest, Lease
 from fedllm.serving.openai import CompletionRequest
 from fedllm.serving.text import StopFilter, TextCodec, TokenDecoder
 

@@ -17,8 +17,9 @@ from fedllm.errors import (
     NotReady,
     Overloaded,
     PeerUnavailable,
+    RequestInvalid,
 )
-from fedllm.serving.engine import RequestInvalid, SamplingParams
+from fedllm.serving.engine import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
 _MAX_STOPS = 4

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedllm.errors import BaseUnsupported
-from fedllm.serving.engine import RequestInvalid
+from fedllm.errors import BaseUnsupported, RequestInvalid
 
 
 class TextCodec:

@@ -26,8 +26,11 @@ def run(coroutine: object, within_s: float) -> None:
 
 @pytest.mark.timeout(240)
 def test_deaths_and_restarts(tiny_base: Path, owners_data: dict[str, Path]) -> None:
-    """A daemon killed in mid-round leaves a round of three; a killed coordinator ends its round by itself when it
-    is back; a restarted endpoint serves the last version again; and after a stop nothing is left running."""
+    """Every kind of process may die: the round goes on with three, resumes, or ends; the endpoint serves on.
+
+    A daemon killed in mid-round leaves a round of three; a killed coordinator ends its round by itself when it is
+    back; a restarted endpoint serves the last version again; and after a stop nothing is left running.
+    """
 
     async def story() -> None:
         async with fed.running(tiny_base, owners_data, transport="local", local_steps=6, noise_multiplier=2.0) as (
@@ -73,8 +76,10 @@ def test_deaths_and_restarts(tiny_base: Path, owners_data: dict[str, Path]) -> N
 @pytest.mark.flower
 @pytest.mark.timeout(420)
 def test_the_loop_over_flower(tiny_base: Path, owners_data: dict[str, Path]) -> None:
-    """Real SuperLink, real SuperNodes: a round of masked sums becomes a version that the official client reads,
-    and the coordinator killed between two phases goes on with the same round when it is started again."""
+    """Real SuperLink and SuperNodes: a round of masked sums becomes a version that the official client reads.
+
+    The coordinator, killed between two phases, goes on with the same round when it is started again.
+    """
 
     async def story() -> None:
         async with fed.running(tiny_base, owners_data, transport="flower") as (cluster, control):

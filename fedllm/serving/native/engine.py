@@ -21,7 +21,7 @@ from typing import cast
 import torch
 
 from fedllm.adapter import AdapterState
-from fedllm.errors import AdapterInvalid, FedllmError, Overloaded, ProcessDied
+from fedllm.errors import AdapterInvalid, FedllmError, Overloaded, ProcessDied, RequestInvalid
 from fedllm.ids import Digest
 from fedllm.kernels import BASE_SLOT
 from fedllm.rng import Rng
@@ -30,7 +30,6 @@ from fedllm.serving.engine import (
     EngineStats,
     GenerationRequest,
     Lease,
-    RequestInvalid,
     SamplingParams,
     TokenScore,
 )

@@ -212,7 +212,7 @@ def test_a_plan_signed_by_another_key_is_refused_inside_a_good_envelope(tmp_path
     [
         (plan(mechanism=Mechanism.none(), weights=None), "policy-refused"),
         (plan(spec=dataclasses.replace(plan().spec, base="e" * 64)), "base-mismatch"),
-        (plan(mechanism=dataclasses.replace(DP, noise_multiplier=0.2)), "budget-exhausted"),
+        (plan(mechanism=dataclasses.replace(DP, noise_multiplier=0.45)), "budget-exhausted"),
         (plan(head="f" * 64), "digest-mismatch"),
     ],
     ids=["no dp", "base", "budget", "head"],
@@ -374,8 +374,8 @@ def test_nothing_leaves_that_cannot_be_written_down(tmp_path: Path) -> None:
         asyncio.run(north.handle(sealed(Hello(b"c" * 32), "north", round_number=0)))
 
 
-def test_one_round_scores_one_candidate(tmp_path: Path) -> None:
-    """A second candidate would be a second question about the held-out records."""
+def test_a_candidate_before_the_update_is_refused(tmp_path: Path) -> None:
+    """Scores are given for a sum that this owner took part in, not on demand."""
     federation = Federation(tmp_path)
 
     async def scenario() -> Body:

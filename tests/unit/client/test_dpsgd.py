@@ -27,6 +27,7 @@ ALPHA = 1e-6  # false-alarm rate of every statistical test here
 
 
 def mechanism(*, noise: float = 0.8, clip: float = 0.05, rate: float = 0.25, steps: int = 1) -> Mechanism:
+    """Return a DP-SGD mechanism with a few numbers changed."""
     return Mechanism("dp-sgd", UNIT_RECORD, RELATION_ADD_REMOVE, noise, clip, rate, steps, 1e-5)
 
 

@@ -9,9 +9,9 @@ import torch
 from unit.serving.tiny_llama import BASE, VOCAB, make_adapter, make_forcing_adapter, running_engine
 
 from fedllm.adapter import to_peft
-from fedllm.errors import AdapterInvalid, BaseMismatch, NotFound, Overloaded, ProcessDied
+from fedllm.errors import AdapterInvalid, BaseMismatch, NotFound, Overloaded, ProcessDied, RequestInvalid
 from fedllm.ids import Digest
-from fedllm.serving.engine import GenerationRequest, RequestInvalid, SamplingParams
+from fedllm.serving.engine import GenerationRequest, SamplingParams
 
 # PEFT still reads an attribute that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
