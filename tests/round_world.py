@@ -189,6 +189,11 @@ class FaultyCarrier:
         self.carried: list[bytes] = []
         self.last: dict[str, bytes] = {}
 
+    @property
+    def patience_s(self) -> float:
+        """Return no patience: nothing reconnects here."""
+        return 0.0
+
     async def nodes(self) -> tuple[str, ...]:
         """Return one node for each agent."""
         return tuple(sorted(f"node-{name}" for name in self.agents))

@@ -199,11 +199,12 @@ class LoraModel:
             ids = torch.zeros(len(missing), max(len(e.input_ids) for e in missing), dtype=torch.long)
             for row, example in enumerate(missing):
                 ids[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
-            with torch.no_grad():
+            # Scoring runs in inference mode, whose tensors autograd refuses; what is kept may be trained on later.
+            with torch.inference_mode(False), torch.no_grad():
                 states = self._below(input_ids=ids, use_cache=False).last_hidden_state
-            for row, example in enumerate(missing):
-                fresh[example] = states[row, : len(example.input_ids)].clone()
-                self._keep(example, fresh[example])
+                for row, example in enumerate(missing):
+                    fresh[example] = states[row, : len(example.input_ids)].clone()
+                    self._keep(example, fresh[example])
         found = [fresh[e] if e in fresh else self._prefix[e] for e in examples]
         return nn.utils.rnn.pad_sequence(found, batch_first=True)
 

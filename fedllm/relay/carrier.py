@@ -16,6 +16,11 @@ class Carrier(Protocol):
     learned from the signed reply to ``Hello``, never from the name.
     """
 
+    @property
+    def patience_s(self) -> float:
+        """Seconds of silence after which a node is taken for dead: how long it may need to reconnect."""
+        ...
+
     async def nodes(self) -> tuple[str, ...]:
         """Return the nodes that can be asked at this moment, sorted.
 

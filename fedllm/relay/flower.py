@@ -181,6 +181,11 @@ class FlowerCarrier:
             asyncio.create_task(self._keep_run(), name="relay-run"),
         ]
 
+    @property
+    def patience_s(self) -> float:
+        """SuperNodes that lost their SuperLink try again with pauses of up to 20 s; two of them and a start."""
+        return 45.0
+
     async def nodes(self) -> tuple[str, ...]:
         """Return the ids of the connected SuperNodes; waits for a relay run to be there."""
         await self._wait_connected(LAUNCH_TIMEOUT_S)

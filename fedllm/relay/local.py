@@ -34,6 +34,11 @@ class LocalCarrier:
         self._clock = clock
         self._channels: dict[str, grpc.aio.Channel] = {}
 
+    @property
+    def patience_s(self) -> float:
+        """A daemon that is restarted by its supervisor binds its socket again within this."""
+        return 3.0
+
     async def nodes(self) -> tuple[str, ...]:
         """Return the nodes whose socket exists."""
         return tuple(sorted(node for node, path in self._sockets.items() if path.is_socket()))

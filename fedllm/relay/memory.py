@@ -86,6 +86,11 @@ class MemoryCarrier:
         self._faults = faults or Faults()
         self.log: list[Passage] = []
 
+    @property
+    def patience_s(self) -> float:
+        """Nothing reconnects in memory."""
+        return 0.0
+
     async def nodes(self) -> tuple[str, ...]:
         """Return the names of the handlers that are there."""
         return tuple(sorted(self._handlers))

@@ -91,6 +91,11 @@ class Roll:
         """Owners bound to a node at the last roll call."""
         return tuple(sorted(self._nodes))
 
+    @property
+    def patience_s(self) -> float:
+        """Seconds of silence after which an owner is taken for dead, as the carrier has it."""
+        return self._carrier.patience_s
+
     def forget(self, owner: OwnerId) -> None:
         """Unbind an owner that stopped answering; the next roll call asks its node again."""
         self._nodes.pop(owner, None)

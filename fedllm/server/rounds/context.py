@@ -24,8 +24,8 @@ from fedllm.server.roster import Fault, Roll
 T = TypeVar("T", bound=Body)
 
 _TRIES = 2
-"""Silences in a row after which an owner is out of a phase: one lost message is forgiven, a dead daemon is not
-waited for until the deadline."""
+"""Silences in a row, over at least the carrier's patience, after which an owner is out of a phase: one lost message
+is forgiven, nodes may reconnect after a restart, and a dead daemon is not waited for until the deadline."""
 _PAUSE_S = 0.5
 _LONGEST_POLL_S = 30.0
 _HELLO_S = 15.0
@@ -189,6 +189,7 @@ class RoundContext:
         end: float,
     ) -> None:
         silences = dict.fromkeys(waiting, 0)
+        heard = dict.fromkeys(waiting, self.clock.monotonic())
         total = len(waiting) + len(answers)
         while waiting and (left := end - self.clock.now()) > 0:
             try:
@@ -211,8 +212,11 @@ class RoundContext:
                         self._report(None, len(answers), total)
                     continue
                 silences[owner] = silences[owner] + 1 if reply is None else 0
+                if reply is not None:
+                    heard[owner] = self.clock.monotonic()
                 pauses.append(self._later(owner, reply))
-                if silences[owner] >= _TRIES:
+                silent_s = self.clock.monotonic() - heard[owner]
+                if silences[owner] >= _TRIES and silent_s >= self.roll.patience_s:
                     del waiting[owner]
             self.journal.record(self.name, self.number, step, good)
             if waiting and max(pauses) > 0:

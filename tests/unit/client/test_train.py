@@ -12,6 +12,7 @@ import torch
 from fedllm.adapter import AdapterSpec, AdapterState
 from fedllm.client import model as model_module
 from fedllm.client.dataset import ChatTokenizer, open_dataset
+from fedllm.client.evaluate import evaluate
 from fedllm.client.model import LoraModel
 from fedllm.client.toy import ToyTrainer
 from fedllm.client.train import LoraTrainer
@@ -167,6 +168,17 @@ def test_autograd_stays_above_the_cut(tiny_base: Path, owners_data: dict[str, Pa
     first, second = (model.answer_losses(batch)[0] for _ in range(2))
     assert calls == [False]
     assert torch.equal(first, second)
+
+
+def test_a_record_may_be_scored_and_trained_on(tiny_base: Path, owners_data: dict[str, Path]) -> None:
+    """States kept while scoring serve training too, should a record stand in both files."""
+    model = LoraModel(tiny_base, BASE)
+    state = AdapterState.initial(dataclasses.replace(SPEC, layers=(1,)), SeededRng(0))
+    batch = open_dataset(owners_data["east"], ChatTokenizer(tiny_base), max_tokens=200).train[:3]
+    evaluate(model, state, batch)
+    parameters = model.parameters(("A", "B"))
+    model.answer_losses(batch)[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in parameters)
 
 
 def test_the_toy_learns_privately_and_plainly(head: AdapterState) -> None:
