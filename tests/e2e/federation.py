@@ -23,7 +23,7 @@ OWNERS = ("east", "north", "south", "west")
 PRIVATE = {
     "privacy": True, "optimizer": "sgd", "learning_rate": 4.0, "local_steps": 2, "clip_norm": 0.05,
     "noise_multiplier": 1.0, "sample_rate": 0.5, "delta": 1e-5, "last_layers": 2, "rank": 4, "alpha": 8,
-    "max_tokens": 160, "train_deadline_s": 60.0, "phase_deadline_s": 60.0, "gate_margin": 5.0,
+    "max_tokens": 160, "train_deadline_s": 90.0, "phase_deadline_s": 120.0, "gate_margin": 5.0,
 }  # fmt: skip
 
 
