@@ -18,8 +18,8 @@ DELTA = 1e-5
 MAX_EPSILON = 8.0
 MAX_TOKENS = 192
 ROUNDS = 3
-LOCAL_STEPS = 2
-SAMPLE_RATE = 0.25
+LOCAL_STEPS = 1
+SAMPLE_RATE = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def recipe(epsilon: float | None, rounds: int) -> DemoRecipe:
         "phase_deadline_s": 120.0,
     }
     if epsilon is None:
-        plain = {"privacy": False, "optimizer": "adamw", "learning_rate": 4e-3, "local_steps": 6, "batch_size": 8}
+        plain = {"privacy": False, "optimizer": "adamw", "learning_rate": 2e-2, "local_steps": 6, "batch_size": 8}
         return DemoRecipe(None, rounds, common | plain)
     from fedllm.privacy.calibrate import noise_multiplier
 
@@ -63,7 +63,7 @@ def recipe(epsilon: float | None, rounds: int) -> DemoRecipe:
     private = {
         "privacy": True,
         "optimizer": "sgd",
-        "learning_rate": 12.0,
+        "learning_rate": 24.0,
         "local_steps": LOCAL_STEPS,
         "clip_norm": 0.05,
         "noise_multiplier": noise,

@@ -183,8 +183,8 @@ class FlowerCarrier:
 
     @property
     def patience_s(self) -> float:
-        """SuperNodes that lost their SuperLink try again with pauses of up to 20 s; two of them and a start."""
-        return 45.0
+        """SuperNodes that lost their SuperLink try again with pauses of up to 20 s, and some took 50 s to be back."""
+        return 75.0
 
     async def nodes(self) -> tuple[str, ...]:
         """Return the ids of the connected SuperNodes; waits for a relay run to be there."""
