@@ -84,7 +84,7 @@ def usable_records(folder: Path, base: Path, recipe: DemoRecipe) -> int:
     """Return how many training records an owner would declare."""
     limit = str(recipe.federation["max_tokens"])
     report = json.loads(command("client", "check", "--data", folder, "--base", base, "--max-tokens", limit, "--json"))
-    return int(next(f["accepted"] for f in report["files"] if f["name"] == "train.jsonl"))
+    return int(next(f["accepted"] for f in report["files"] if f["file"] == "train.jsonl"))
 
 
 async def _loop(

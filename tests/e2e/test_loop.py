@@ -83,7 +83,7 @@ def test_the_loop_over_flower(tiny_base: Path, owners_data: dict[str, Path]) -> 
 
     async def story() -> None:
         async with fed.running(tiny_base, owners_data, transport="flower") as (cluster, control):
-            client = openai.AsyncOpenAI(base_url=f"{cluster.endpoint}/v1", api_key=cluster.tenant_key)
+            url = f"{cluster.endpoint}/v1"
             await fed.ask_for(control, 1)
             await fed.until(control, fed.in_state(1, "SHARES", "MASKED", "CONFIRM"), 120)
             fed.kill(cluster, "coordinator")
@@ -92,14 +92,18 @@ def test_the_loop_over_flower(tiny_base: Path, owners_data: dict[str, Path]) -> 
             assert (first["state"], first["promoted"]) == ("JUDGED", True), first["reason"]
             assert first["survivors"] >= 3
             await _wait_served(cluster, first["version"])
-            answer = await client.chat.completions.create(
-                model=ALIAS, messages=[{"role": "user", "content": "please open the door"}], max_tokens=4, temperature=0
-            )
-            assert answer.system_fingerprint == first["version"]
-            stream = await client.chat.completions.create(
-                model=ALIAS, messages=[{"role": "user", "content": "close it"}], max_tokens=4, stream=True
-            )
-            assert {chunk.system_fingerprint async for chunk in stream} == {first["version"]}
+            async with openai.AsyncOpenAI(base_url=url, api_key=cluster.tenant_key) as client:
+                answer = await client.chat.completions.create(
+                    model=ALIAS,
+                    messages=[{"role": "user", "content": "please open the door"}],
+                    max_tokens=4,
+                    temperature=0,
+                )
+                assert answer.system_fingerprint == first["version"]
+                stream = await client.chat.completions.create(
+                    model=ALIAS, messages=[{"role": "user", "content": "close it"}], max_tokens=4, stream=True
+                )
+                assert {chunk.system_fingerprint async for chunk in stream} == {first["version"]}
 
     run(story(), 410)
 
