@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from concurrent.futures import Executor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -252,7 +252,7 @@ def make_private_data(folder: Path, owner: str) -> Path:
 
 
 def make_world(
-    captured: CapturedRound, base: Path, clock: Clock, *, worker: Callable[[], Executor | None], hold_s: float = 0.0,
+    captured: CapturedRound, base: Path, clock: Clock, *, worker: Callable[[], Executor], hold_s: float = 0.0,
     trainer_of: Callable[[str, Trainer], Trainer] = lambda _owner, trainer: trainer,
 ) -> World:  # fmt: skip
     """Make four owners' homes and daemons, and the coordinator that will ask them."""
@@ -296,7 +296,9 @@ async def in_memory(captured: CapturedRound, base: Path, **changes: Callable[[st
 async def over_flower(captured: CapturedRound, base: Path) -> None:
     """Run the round over a SuperLink and four SuperNodes, each confined as `fedllm client start` confines it."""
     clock = SystemClock()
-    world = make_world(captured, base, clock, worker=lambda: None, hold_s=app.FLOWER_HOLD_S)
+    # one worker for all: threads that train at once disturb each other's warning filters, processes would not
+    worker = ThreadPoolExecutor(1)
+    world = make_world(captured, base, clock, worker=lambda: worker, hold_s=app.FLOWER_HOLD_S)
     async with _flower(captured, world.folder, clock) as (carrier, nodes):
         world.carrier = RecordingCarrier(carrier, captured.sent, captured.received)  # type: ignore[assignment]
         runner = world.runner()
@@ -369,7 +371,7 @@ def _what_it_can_open(captured: CapturedRound, owner: str, processes: tuple[Supe
             no_new_privs = re.search(r"NoNewPrivs:\s*(\d)", status)
             found[f"{process.name} no_new_privs {pid}"] = no_new_privs.group(1) if no_new_privs else "unknown"
             environ = Path(f"/proc/{pid}/environ").read_bytes()
-            held = [os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+            held = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
             secret = [f for f in files[:-1] if str(f) in held or str(f).encode() in environ]
             found[f"{process.name} holds {pid}"] = ", ".join(f.name for f in secret) or "nothing"
     return found
@@ -383,5 +385,3 @@ def _free_ports(count: int) -> list[int]:
     for each in sockets:
         each.close()
     return ports
-
-

@@ -116,26 +116,37 @@ def _runs(array: NDArray[np.generic], length: int) -> Iterator[bytes]:
             yield run
 
 
-def search(haystacks: Mapping[str, bytes], patterns: Patterns) -> list[str]:
-    """Return where which pattern was found, without repeats; empty when nothing leaks."""
-    short = [p for p in patterns if len(p) < _PREFIX]
-    by_prefix: dict[int, list[bytes]] = {}
-    for pattern in patterns:
-        if len(pattern) >= _PREFIX:
-            by_prefix.setdefault(int.from_bytes(pattern[:_PREFIX], "little"), []).append(pattern)
-    prefixes = np.array(sorted(by_prefix), dtype=np.uint64)
-    found: list[str] = []
-    for where, data in haystacks.items():
-        found += [f"{where}: {patterns[p]}" for p in short if p in data]
-        if len(data) < _PREFIX or not len(prefixes):
-            continue
+class Search:
+    """Looks for all patterns at once; made once for many haystacks.
+
+    Parameters
+    ----------
+    patterns : Patterns
+    """
+
+    def __init__(self, patterns: Patterns) -> None:
+        self.patterns = patterns
+        self._short = [p for p in patterns if len(p) < _PREFIX]
+        self._by_prefix: dict[int, list[bytes]] = {}
+        for pattern in patterns:
+            if len(pattern) >= _PREFIX:
+                self._by_prefix.setdefault(int.from_bytes(pattern[:_PREFIX], "little"), []).append(pattern)
+        self._prefixes = np.array(sorted(self._by_prefix), dtype=np.uint64)
+
+    def find(self, haystacks: Mapping[str, bytes]) -> list[str]:
+        """Return where which pattern was found, without repeats; empty when nothing leaks."""
+        found = {f"{where}: {self.patterns[p]}" for where, data in haystacks.items() for p in self._found_in(data)}
+        return sorted(found)
+
+    def _found_in(self, data: bytes) -> Iterator[bytes]:
+        yield from (p for p in self._short if p in data)
+        if len(data) < _PREFIX or not len(self._prefixes):
+            return
         windows = np.lib.stride_tricks.sliding_window_view(np.frombuffer(data, dtype=np.uint8), _PREFIX)
         words = np.ascontiguousarray(windows).view("<u8").ravel()
-        at = np.minimum(np.searchsorted(prefixes, words), len(prefixes) - 1)
-        for position in np.flatnonzero(prefixes[at] == words):
-            candidates = by_prefix[int(words[position])]
-            found += [f"{where}: {patterns[p]}" for p in candidates if data.startswith(p, int(position))]
-    return sorted(set(found))
+        nearest = self._prefixes[np.minimum(np.searchsorted(self._prefixes, words), len(self._prefixes) - 1)]
+        for at in np.flatnonzero(nearest == words):
+            yield from (p for p in self._by_prefix[int(words[at])] if data.startswith(p, int(at)))
 
 
 def views(raw: bytes, body: object) -> dict[str, bytes]:

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import sys
 
+import click
 import typer
+from click.exceptions import NoArgsIsHelpError
 
 from fedllm.cli import adapter, client, coordinator, demo, federation, info, model, privacy, rounds, serve
-from fedllm.cli.output import print_error
-from fedllm.errors import FedllmError, MissingExtra
+from fedllm.cli.extras import missing_extra
+from fedllm.cli.files import of_system
+from fedllm.cli.output import print_error, say
+from fedllm.errors import ConfigError, FedllmError
 
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Fine-tune a shared LoRA adapter across owners who cannot share data; serve every new version live.",
 )
 federation.register(app)
@@ -34,36 +39,38 @@ app.add_typer(serve.tenants, name="tenant")
 app.add_typer(model.app, name="model")
 app.add_typer(info.config, name="config")
 
-_EXTRAS = {
-    "dp_accounting": "client",
-    "fastapi": "serve",
-    "flwr": "coordinator",
-    "gguf": "client",
-    "grpc": "client",
-    "huggingface_hub": "client",
-    "jinja2": "serve",
-    "opacus": "client",
-    "peft": "client",
-    "sqlalchemy": "coordinator",
-    "tokenizers": "serve",
-    "torch": "client",
-    "transformers": "client",
-    "uvicorn": "serve",
-}
+INTERRUPTED = 130
 
 
 def main() -> None:
     """Run the command line; the only place where errors become exit codes."""
     try:
-        app()
+        code = app(prog_name="fedllm", standalone_mode=False)
+        sys.stdout.flush()
     except FedllmError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except NoArgsIsHelpError as error:
+        say(error.format_message())
+        sys.exit(ConfigError.exit_code)
+    except click.ClickException as error:
+        _fail(_usage(error))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(INTERRUPTED)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").partition(".")[0]
-        if missing not in _EXTRAS:
+        known = missing_extra(error, sys.argv[1:])
+        if known is None:
             raise
-        print_error(MissingExtra(_EXTRAS[missing], missing))
-        sys.exit(MissingExtra.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _fail(known)
+    except OSError as error:
+        _fail(of_system(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: FedllmError) -> None:
+    print_error(error)
+    sys.exit(error.exit_code)
+
+
+def _usage(error: click.ClickException) -> ConfigError:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    return ConfigError(error.format_message(), hint=f"{context.command_path if context else 'fedllm'} --help")

@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import typer
 
 from fedllm.cli.context import ControlApi, coordinator_settings, pick_federation
+from fedllm.cli.files import drafts
 from fedllm.cli.output import print_json, print_line, print_table, say
 from fedllm.errors import ConfigError, DigestMismatch, NotFound
 from fedllm.identity import SigningIdentity
@@ -18,6 +18,7 @@ from fedllm.ids import sha256
 app = typer.Typer(no_args_is_help=True, help="Adapter versions and the aliases that point at them.")
 HOME = typer.Option(..., help="The coordinator's folder.")
 FEDERATION = typer.Option(None, help="Federation, if there are several.")
+VERSION = typer.Argument(..., help="NAME@vN, or at least 8 digits of a digest.")
 JSON = typer.Option(False, "--json", help="Print JSON.")
 
 
@@ -40,7 +41,7 @@ def list_versions(home: Path = HOME, as_json: bool = JSON) -> None:
 
 
 @app.command("show")
-def show(version: str, home: Path = HOME) -> None:
+def show(version: str = VERSION, home: Path = HOME) -> None:
     """Print one version's manifest, after checking the coordinator's signature over it."""
     api, key = _connect(home)
     found = _find(api, version)
@@ -52,7 +53,7 @@ def show(version: str, home: Path = HOME) -> None:
 
 @app.command("promote")
 def promote(
-    version: str,
+    version: str = VERSION,
     home: Path = HOME,
     federation: str | None = FEDERATION,
     reason: str = typer.Option("promoted by the operator", help="Goes into the alias's history."),
@@ -99,7 +100,7 @@ def history(home: Path = HOME, federation: str | None = FEDERATION, as_json: boo
 
 
 @app.command("export")
-def export(version: str, to: Path, home: Path = HOME) -> None:
+def export(version: str = VERSION, to: Path = typer.Argument(..., help="Folder to make."), home: Path = HOME) -> None:
     """Write a version's PEFT files to a new folder, digests checked."""
     api, key = _connect(home)
     from fedllm.registry.remote import manifest_from_json
@@ -107,17 +108,15 @@ def export(version: str, to: Path, home: Path = HOME) -> None:
     if to.exists():
         raise ConfigError(f"{to} exists and is not overwritten", hint="choose another folder")
     manifest = manifest_from_json(_find(api, version)).open(key)
-    settings, _, _ = coordinator_settings(home)
     files = {}
     for name, record in manifest.files.items():
-        address = f"http://{settings.host}:{settings.port}/v1/blobs/{record.sha256}"
-        data = httpx.get(address, timeout=60.0, trust_env=False).content
+        data = api.blob(record.sha256)
         if sha256(data) != record.sha256:
             raise DigestMismatch(f"{name}: the coordinator sent other bytes than the signed manifest names")
         files[name] = data
-    to.mkdir(parents=True)
-    for name, data in files.items():
-        (to / name).write_bytes(data)
+    with drafts(to) as scratch:
+        for name, data in files.items():
+            (scratch / name).write_bytes(data)
     print_line(str(to))
 
 

@@ -11,10 +11,14 @@ import typer
 
 from fedllm import telemetry
 from fedllm.cli.context import CLIENT_FILE, client_settings
-from fedllm.cli.output import print_json, print_line, print_table, say
+from fedllm.cli.files import drafts
+from fedllm.cli.offer import read_offer
+from fedllm.cli.output import exact, print_json, print_line, print_table, say
+from fedllm.cli.privacy import limit
+from fedllm.client.policy import OwnerPolicy
 from fedllm.clock import SystemClock
-from fedllm.errors import ConfigError, DataError, NotFound
-from fedllm.identity import Roster, SigningIdentity, VerifyKey
+from fedllm.errors import AuthenticationError, BaseMismatch, ConfigError, DataError, IntegrityError, NotFound
+from fedllm.identity import SigningIdentity, VerifyKey
 from fedllm.ids import OwnerId, check_name
 
 app = typer.Typer(no_args_is_help=True, help="Run a data owner's daemon.")
@@ -22,14 +26,20 @@ policy = typer.Typer(no_args_is_help=True, help="The owner's own limits.")
 app.add_typer(policy, name="policy")
 HOME = typer.Option(..., help="The owner's folder: key, policy, ledger, audit log.")
 KEY_FILE = "owner.pem"
+POLICY_FILE = "policy.toml"
+LEDGER_FILE = "ledger.jsonl"
 
 
 @app.command("key")
 def key(home: Path = HOME) -> None:
     """Make this owner's key pair; prints the public line to send to the operator."""
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if (home / KEY_FILE).exists():
+        raise ConfigError(
+            f"{home / KEY_FILE} exists and a key is never overwritten", hint="remove it yourself if it is not needed"
+        )
+    with drafts(home) as scratch:
+        identity = SigningIdentity.create(scratch / KEY_FILE)
     home.chmod(0o700)
-    identity = SigningIdentity.create(home / KEY_FILE)
     say(f"private key in {home / KEY_FILE} (never leaves this machine); send the next line to the operator")
     print_line(str(identity.public))
 
@@ -49,35 +59,69 @@ def join(
 ) -> None:
     """Approve a federation: pins the coordinator's key and the roster, writes client.toml and policy.toml."""
     from fedllm.basemodel.inspect import open_base
-    from fedllm.client.policy import OwnerPolicy
 
     check_name(owner, what="owner")
-    offer = _read_offer(file)
-    roster = Roster.of({OwnerId(o): VerifyKey.parse(k) for o, k in offer["roster"].items()})
+    offer = read_offer(file)
     mine = SigningIdentity.load(home / KEY_FILE).public
-    if roster.key(OwnerId(owner)) != mine:
+    if offer.roster.key(OwnerId(owner)) != mine:
         raise ConfigError(
             f"the roster's key for {owner!r} is not the one in {home / KEY_FILE}",
             hint="send the line of 'fedllm client key' to the operator, who adds it and sends a fresh join file",
         )
+    _check_pinned(home, offer.coordinator_key)
+    if not data.is_dir():
+        raise NotFound(f"no data folder {data}", hint="a folder with train.jsonl and heldout.jsonl")
     opened = open_base(base)
-    roster.save(home / "roster.json")
+    if opened.digest != offer.base:
+        raise BaseMismatch(
+            f"the base model in {base} is {opened.digest[:16]}, the federation trains {offer.base[:16]}",
+            hint="ask the operator which base it is, and get the same: 'fedllm model show' prints a digest",
+        )
+    limits = _agreed(home, OwnerPolicy(
+        max_epsilon=max_epsilon, delta=delta, allowed_bases=(opened.digest,), allow_without_dp=allow_without_dp
+    ))  # fmt: skip
     settings = {
-        "owner": owner, "federation": offer["federation"], "data": str(data.absolute()), "base": str(base.absolute()),
-        "coordinator_key": str(VerifyKey.parse(offer["coordinator_key"])), "roster": "roster.json",
-        "superlink": offer["superlink"], "transport": offer["transport"], "max_tokens": offer["max_tokens"],
-        "threads": threads, "node_port": node_port,
+        "owner": owner, "federation": offer.federation, "data": str(data.absolute()), "base": str(base.absolute()),
+        "coordinator_key": str(offer.coordinator_key), "roster": "roster.json", "superlink": offer.superlink,
+        "transport": offer.transport, "max_tokens": offer.max_tokens, "threads": threads, "node_port": node_port,
     }  # fmt: skip
     lines = [f"{k} = {json.dumps(v)}" for k, v in settings.items()]
-    (home / CLIENT_FILE).write_text("[client]\n" + "\n".join(lines) + "\n", encoding="utf-8")
-    if not (home / "policy.toml").exists():
-        made = OwnerPolicy(
-            max_epsilon=max_epsilon, delta=delta, allowed_bases=(opened.digest,), allow_without_dp=allow_without_dp
+    with drafts(home) as scratch:
+        offer.roster.save(scratch / "roster.json")
+        (scratch / CLIENT_FILE).write_text("[client]\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        if limits is not None:
+            limits.save(scratch / POLICY_FILE)
+    members = offer.roster.members
+    say(f"pinned coordinator {offer.coordinator_key}")
+    say(f"pinned roster {offer.roster.digest[:16]} of {len(members)}: {', '.join(m.owner for m in members)}")
+    print_line(offer.roster.digest)
+
+
+def _check_pinned(home: Path, key: VerifyKey) -> None:
+    if not (home / CLIENT_FILE).exists():
+        return
+    pinned = VerifyKey.parse(client_settings(home)[0].coordinator_key)
+    if pinned != key:
+        raise AuthenticationError(
+            f"the join file is of coordinator {str(key)[:20]}…, the one pinned here is {str(pinned)[:20]}…",
+            hint=f"ask the operator by another way; only if the key really changed, remove {home / CLIENT_FILE}",
         )
-        made.save(home / "policy.toml")
-    say(f"pinned coordinator {settings['coordinator_key']}")
-    say(f"pinned roster {roster.digest[:16]} of {len(roster.members)}: {', '.join(m.owner for m in roster.members)}")
-    print_line(roster.digest)
+
+
+def _agreed(home: Path, wanted: OwnerPolicy) -> OwnerPolicy | None:
+    """Return the policy to write; None if the owner has one, which no join changes."""
+    path = home / POLICY_FILE
+    if not path.exists():
+        return wanted
+    kept = OwnerPolicy.load(path)
+    (base,) = wanted.allowed_bases
+    if base not in kept.allowed_bases:
+        raise BaseMismatch(
+            f"base model {base[:16]} is not among the {len(kept.allowed_bases)} that {path} allows",
+            hint=f"fedllm client policy set allowed_bases {base} --home {home}, if this owner's people agree",
+        )
+    say(f"{path} is kept as it is; change it with 'fedllm client policy set'")
+    return None
 
 
 @app.command("check")
@@ -89,6 +133,7 @@ def check(
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Read the data as training would: counts, and bad lines by number and reason; text is never printed."""
+    from fedllm.basemodel.inspect import read_config
     from fedllm.client.dataset import check as check_data
 
     if home is not None:
@@ -96,6 +141,9 @@ def check(
         data, base, max_tokens = settings.data, settings.base, settings.max_tokens
     if data is None or base is None:
         raise ConfigError("nothing to check: --home, or --data and --base", hint="fedllm client check --help")
+    if not data.is_dir():
+        raise NotFound(f"no data folder {data}", hint="a folder with train.jsonl and heldout.jsonl")
+    read_config(base)
     report = check_data(data, base, max_tokens=max_tokens)
     if as_json:
         print_json(report.to_json())
@@ -140,7 +188,7 @@ def audit(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help=
     path = home / "audit.jsonl"
     if not path.is_file():
         raise NotFound(f"no audit log at {path}: nothing has left this machine yet")
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    entries = [_entry(path, n, line) for n, line in enumerate(path.read_bytes().splitlines(), start=1)]
     if as_json:
         print_json(entries)
         return
@@ -149,36 +197,41 @@ def audit(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help=
                 ("time", "kind", "round", "bytes", "sha256"), rows)  # fmt: skip
 
 
+def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return {key: json.loads(line)[key] for key in ("time", "kind", "round", "bytes", "sha256")}
+    except (ValueError, KeyError, TypeError):
+        raise IntegrityError(f"{path}: line {number} is no entry of an audit log", hint="a crash may cut one") from None
+
+
 @policy.command("show")
 def policy_show(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """Print the limits this owner enforces."""
-    from fedllm.client.policy import OwnerPolicy
-
-    table = OwnerPolicy.load(home / "policy.toml").to_table()
+    table = OwnerPolicy.load(home / POLICY_FILE).to_table()
     if as_json:
         print_json(table)
     else:
-        print_table(str(home / "policy.toml"), ("limit", "value"), sorted(table.items()))
+        print_table(str(home / POLICY_FILE), ("limit", "value"), [(k, exact(v)) for k, v in sorted(table.items())])
 
 
 @policy.command("set")
-def policy_set(name: str, value: str, home: Path = HOME) -> None:
-    """Change one limit; a raised epsilon is also a signed entry of the ledger."""
-    from fedllm.client.policy import OwnerPolicy
-
-    changed = OwnerPolicy.load(home / "policy.toml").with_value(name, value)
-    changed.save(home / "policy.toml")
-    print_line(f"{name} = {changed.to_table()[name]}")
-
-
-def _read_offer(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise NotFound(f"no join file {file}", hint="the operator makes it with 'fedllm owner join-file'")
-    try:
-        offer = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ConfigError(f"{file} is not a join file: not JSON") from None
-    wanted = {"fedllm_join", "federation", "coordinator_key", "superlink", "transport", "max_tokens", "roster"}
-    if not isinstance(offer, dict) or set(offer) != wanted or offer["fedllm_join"] != 1:
-        raise ConfigError(f"{file} is not a join file of version 1", hint="ask the operator for a fresh one")
-    return dict(offer)
+def policy_set(
+    name: str = typer.Argument(..., help="Limit to change; 'fedllm client policy show' lists them."),
+    value: str = typer.Argument(..., help="New value; lists are comma-separated."),
+    home: Path = HOME,
+    reason: str = typer.Option("changed by the owner", help="Goes into the ledger with a changed budget."),
+) -> None:
+    """Change one limit; a changed budget is also a signed entry of the ledger. Restart the daemon afterwards."""
+    before = OwnerPolicy.load(home / POLICY_FILE)
+    changed = before.with_value(name, value)
+    if changed.delta != before.delta and (home / LEDGER_FILE).is_file():
+        raise ConfigError(
+            f"the ledger counts at delta {before.delta:g} and cannot change to {changed.delta:g}",
+            hint="one ledger has one delta",
+        )
+    if limit(home, changed.limit_epsilon, reason=reason):
+        say("the changed budget is a signed line of the ledger; what was spent stays spent")
+    with drafts(home) as scratch:
+        changed.save(scratch / POLICY_FILE)
+    say("a running daemon keeps the old limits until it is started again")
+    print_line(f"{name} = {exact(changed.to_table()[name])}")

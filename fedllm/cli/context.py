@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from fedllm import errors
 from fedllm.config import (
     ClientSettings,
     CoordinatorSettings,
@@ -19,14 +20,17 @@ from fedllm.config import (
     unknown_key,
 )
 from fedllm.errors import (
+    AliasConflict,
     AuthenticationError,
     ConfigError,
     FedllmError,
+    MissingExtra,
     NotFound,
     NotReady,
     PeerUnavailable,
     PolicyRefused,
 )
+from fedllm.ids import check_name
 
 COORDINATOR_FILE = "fedllm.toml"
 CLIENT_FILE = "client.toml"
@@ -43,10 +47,7 @@ def coordinator_settings(
     home: Path, flags: dict[str, Any] | None = None
 ) -> tuple[CoordinatorSettings, list[FederationSettings], list[Sourced]]:
     """Read ``<home>/fedllm.toml``: the coordinator and its federations."""
-    tables = read_toml(home / COORDINATOR_FILE)
-    for key in tables:
-        if key not in {"coordinator", "federation"}:
-            raise unknown_key(key, ["coordinator", "federation"], where=str(home / COORDINATOR_FILE))
+    tables = _tables(home / COORDINATOR_FILE, "coordinator", "federation")
     base = {"home": str(home.absolute()), **tables.get("coordinator", {})}
     settings, sources = settle(
         CoordinatorSettings,
@@ -58,6 +59,9 @@ def coordinator_settings(
     )
     federations = []
     for name, table in tables.get("federation", {}).items():
+        check_name(name, what="federation")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{home / COORDINATOR_FILE}: federation.{name} is no table", hint="[federation.NAME]")
         made, more = settle(
             FederationSettings, f"federation.{name}", table={"name": name, **table},
             environ=os.environ, flags={}, folder=home.absolute(),
@@ -80,15 +84,26 @@ def pick_federation(federations: list[FederationSettings], name: str | None) -> 
 
 def client_settings(home: Path, flags: dict[str, Any] | None = None) -> tuple[ClientSettings, list[Sourced]]:
     """Read ``<home>/client.toml``."""
-    table = {"home": str(home.absolute()), **read_toml(home / CLIENT_FILE).get("client", {})}
+    table = {"home": str(home.absolute()), **_tables(home / CLIENT_FILE, "client").get("client", {})}
     return settle(ClientSettings, "client", table=table, environ=os.environ, flags=flags or {}, folder=home.absolute())
 
 
 def serve_settings(file: Path | None, flags: dict[str, Any]) -> tuple[ServeSettings, list[Sourced]]:
     """Read an optional serve.toml under flags."""
-    table = read_toml(file).get("serve", {}) if file else {}
+    table = _tables(file, "serve").get("serve", {}) if file else {}
     folder = file.absolute().parent if file else None
     return settle(ServeSettings, "serve", table=table, environ=os.environ, flags=flags, folder=folder)
+
+
+def _tables(path: Path, *sections: str) -> dict[str, dict[str, Any]]:
+    """Return the tables of a settings file; a section nobody knows is an error, not something to pass over."""
+    found = read_toml(path)
+    for key, table in found.items():
+        if key not in sections:
+            raise unknown_key(key, list(sections), where=str(path))
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {key!r} is a {type(table).__name__}", hint=f"[{key}] begins a section")
+    return found
 
 
 class ControlApi:
@@ -114,22 +129,50 @@ class ControlApi:
                 method, self._address + path, json=body, headers=self._headers, timeout=timeout_s, trust_env=False
             )
         except httpx.TransportError as error:
-            raise PeerUnavailable(
-                f"no coordinator answers at {self._address} ({type(error).__name__})",
-                hint="start it with 'fedllm coordinator start'",
-            ) from None
+            raise _no_coordinator(self._address, type(error).__name__) from None
         if answer.is_error:
-            raise _error_of(answer)
-        return answer.json()
+            raise error_of(answer, who="the coordinator")
+        try:
+            return answer.json()
+        except ValueError:
+            raise _no_coordinator(self._address, "an answer that is not JSON") from None
+
+    def blob(self, digest: str) -> bytes:
+        """Return a blob's bytes, unverified."""
+        try:
+            answer = httpx.get(f"{self._address}/v1/blobs/{digest}", timeout=60.0, trust_env=False)
+        except httpx.TransportError as error:
+            raise _no_coordinator(self._address, type(error).__name__) from None
+        if answer.is_error:
+            raise error_of(answer, who="the coordinator")
+        return answer.content
 
 
-def _error_of(answer: httpx.Response) -> FedllmError:
-    kinds: dict[int, type[FedllmError]] = {
-        400: ConfigError, 401: AuthenticationError, 403: PolicyRefused, 404: NotFound, 422: ConfigError, 503: NotReady,
+def _no_coordinator(address: str, why: str) -> PeerUnavailable:
+    return PeerUnavailable(
+        f"no coordinator answers at {address} ({why})",
+        hint="start it with 'fedllm coordinator start', or mend its port in fedllm.toml",
+    )
+
+
+def error_class(code: str) -> type[FedllmError] | None:
+    """Return the class of an error code that another program gave, None if this release knows no such code."""
+    for found in vars(errors).values():
+        if isinstance(found, type) and issubclass(found, FedllmError) and found.code == code:
+            return None if found is MissingExtra else found  # which extra is the other machine's affair
+    return None
+
+
+def error_of(answer: httpx.Response, *, who: str) -> FedllmError:
+    """Return the error that an HTTP answer stands for: by its code, else by its status."""
+    by_status: dict[int, type[FedllmError]] = {
+        400: ConfigError, 401: AuthenticationError, 403: PolicyRefused, 404: NotFound, 409: AliasConflict,
+        422: ConfigError, 429: NotReady, 503: NotReady,
     }  # fmt: skip
     try:
-        detail = answer.json().get("error", {})
-    except ValueError:
-        detail = {}
-    message = detail.get("message") or f"the coordinator answered {answer.status_code}"
-    return kinds.get(answer.status_code, FedllmError)(message, hint=detail.get("hint"))
+        detail = answer.json()["error"]
+        message, code, hint = str(detail["message"]), str(detail.get("code")), detail.get("hint")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        message, code, hint = f"{who} answered {answer.status_code}", "", None
+    found = error_class(code) or by_status.get(answer.status_code, FedllmError)
+    return found(message, hint=hint if isinstance(hint, str) else None)

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from fedllm.cli.context import COORDINATOR_FILE, coordinator_settings, pick_federation
+from fedllm.cli.files import drafts
 from fedllm.cli.output import print_json, print_line, print_table, say
 from fedllm.errors import ConfigError, NotFound
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
@@ -46,17 +47,20 @@ def init(
     flower_port: int = typer.Option(7401, help="Port of the Flower SuperLink."),
 ) -> None:
     """Make a coordinator's folder: key, configuration, empty roster. Nothing is ever overwritten."""
+    from fedllm.basemodel.inspect import read_config
+
     check_name(federation, what="federation")
     check_alias(alias)
-    if (home / COORDINATOR_FILE).exists():
-        raise ConfigError(f"{home / COORDINATOR_FILE} exists and is not overwritten", hint="choose another folder")
-    home.mkdir(parents=True, exist_ok=True, mode=0o700)
-    identity = SigningIdentity.create(home / KEY_FILE)
-    (home / "rosters").mkdir(exist_ok=True)
+    for name in (COORDINATOR_FILE, KEY_FILE):
+        if (home / name).exists():
+            raise ConfigError(f"{home / name} exists and is not overwritten", hint="choose another folder")
+    read_config(base)
     text = _TEMPLATE.format(
         name=federation, base=json.dumps(str(base.absolute())), alias=alias, port=port, flower_port=flower_port
     )
-    (home / COORDINATOR_FILE).write_text(text, encoding="utf-8")
+    with drafts(home) as scratch:
+        identity = SigningIdentity.create(scratch / KEY_FILE)
+        (scratch / COORDINATOR_FILE).write_text(text, encoding="utf-8")
     say(f"wrote {home / COORDINATOR_FILE}; next: 'fedllm owner add' for each owner")
     print_line(str(identity.public))
 
@@ -79,10 +83,16 @@ def add(
     keys = {m.owner: VerifyKey(m.key) for m in Roster.load(path).members} if path.is_file() else {}
     if OwnerId(owner) in keys:
         raise ConfigError(f"owner {owner!r} is enrolled already", hint="names are never reused")
+    if any(VerifyKey.parse(key) == known for known in keys.values()):
+        raise ConfigError(f"the key of {owner!r} is another owner's already", hint="each owner makes its own key")
     keys[OwnerId(owner)] = VerifyKey.parse(key)
     roster = Roster.of(keys)
-    roster.save(path)
-    _declare(home, name, owner, records)
+    declared = _declared(home, name, owner, records)
+    with drafts(home) as scratch:
+        draft = roster_file(scratch, name)
+        draft.parent.mkdir()
+        roster.save(draft)
+        (scratch / COORDINATOR_FILE).write_text(declared, encoding="utf-8")
     say(f"roster of {name}: {len(roster.members)} owners; every owner joins again with a fresh join file")
     print_line(roster.digest)
 
@@ -96,7 +106,7 @@ def list_owners(
     """List enrolled owners, their keys and declared sizes."""
     _, federations, _ = coordinator_settings(home)
     chosen = pick_federation(federations, federation)
-    roster = Roster.load(roster_file(home, chosen.name))
+    roster = _roster(home, chosen.name)
     rows = [(m.owner, str(VerifyKey(m.key)), chosen.declared_records.get(m.owner)) for m in roster.members]
     if as_json:
         print_json({"roster": roster.digest, "owners": [{"owner": o, "key": k, "records": n} for o, k, n in rows]})
@@ -109,10 +119,12 @@ def join_file(
     home: Path = typer.Option(..., help="The coordinator's folder."),
     federation: str | None = typer.Option(None, help="Federation, if there are several."),
 ) -> None:
-    """Print what an owner needs to join: federation, coordinator key, roster, address. Holds no secret."""
+    """Print what an owner needs to join: federation, coordinator key, base, roster, address. Holds no secret."""
+    from fedllm.basemodel.inspect import open_base
+
     settings, federations, _ = coordinator_settings(home)
     chosen = pick_federation(federations, federation)
-    roster = Roster.load(roster_file(home, chosen.name))
+    roster = _roster(home, chosen.name)
     print_json(
         {
             "fedllm_join": 1,
@@ -120,6 +132,7 @@ def join_file(
             "coordinator_key": str(SigningIdentity.load(home / KEY_FILE).public),
             "superlink": f"{settings.flower_host}:{settings.flower_port}",
             "transport": chosen.transport,
+            "base": open_base(chosen.base).digest,
             "max_tokens": chosen.max_tokens,
             "roster": {m.owner: str(VerifyKey(m.key)) for m in roster.members},
         }
@@ -131,10 +144,18 @@ def roster_file(home: Path, federation: str) -> Path:
     return home / "rosters" / f"{federation}.json"
 
 
-def _declare(home: Path, federation: str, owner: str, records: int) -> None:
+def _roster(home: Path, federation: str) -> Roster:
+    path = roster_file(home, federation)
+    if not path.is_file():
+        raise NotFound(f"no owner is enrolled in {federation!r} yet", hint="'fedllm owner add' enrols one")
+    return Roster.load(path)
+
+
+def _declared(home: Path, federation: str, owner: str, records: int) -> str:
+    """Return the configuration with one more owner's declared size in it, everything else as it was."""
     path = home / COORDINATOR_FILE
     header = f"[federation.{federation}.declared_records]\n"
     text = path.read_text(encoding="utf-8")
     if header not in text:
         raise NotFound(f"{path} has no section {header.strip()}", hint="add it, empty, at the end of the federation")
-    path.write_text(text.replace(header, f"{header}{owner} = {records}\n"), encoding="utf-8")
+    return text.replace(header, f"{header}{owner} = {records}\n")

@@ -11,17 +11,19 @@ from pathlib import Path
 
 import typer
 
-from fedllm.cli.context import CLIENT_FILE, COORDINATOR_FILE, cache_root, client_settings, coordinator_settings
-from fedllm.cli.output import print_json, print_line, print_table
+from fedllm.cli.context import (
+    CLIENT_FILE,
+    COORDINATOR_FILE,
+    cache_root,
+    client_settings,
+    coordinator_settings,
+    serve_settings,
+)
+from fedllm.cli.extras import PARTS
+from fedllm.cli.output import exact, print_json, print_line, print_table
 from fedllm.errors import NotFound
 
 config = typer.Typer(no_args_is_help=True, help="Look at settings.")
-
-_PARTS = {
-    "client": ("torch", "transformers", "peft", "opacus", "flwr", "grpc", "dp_accounting"),
-    "coordinator": ("flwr", "grpc", "fastapi", "uvicorn", "sqlalchemy", "dp_accounting"),
-    "serve": ("torch", "tokenizers", "fastapi", "uvicorn", "jinja2"),
-}
 
 
 def register(app: typer.Typer) -> None:
@@ -43,7 +45,7 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) ->
     """Report what each of the three programs would miss on this machine."""
     from fedllm.client.sandbox import probe
 
-    parts = {part: [m for m in modules if find_spec(m) is None] for part, modules in _PARTS.items()}
+    parts = {part: [m for m in modules if find_spec(m) is None] for part, modules in PARTS.items()}
     isolation = probe()
     report = {
         "python": platform.python_version(),
@@ -65,15 +67,28 @@ def doctor(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) ->
 
 @config.command("show")
 def show(
-    home: Path = typer.Argument(..., help="Folder of a coordinator or of an owner."),
+    home: Path = typer.Argument(..., help="Folder of a coordinator or of an owner, or an endpoint's serve.toml."),
     origin: bool = typer.Option(False, "--origin", help="Say where each value came from."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON, origins included."),
 ) -> None:
     """Print the settings in force; no secret is ever a setting."""
-    if (home / COORDINATOR_FILE).is_file():
+    if home.is_file():
+        sources = serve_settings(home, {})[1]
+    elif (home / COORDINATOR_FILE).is_file():
         sources = coordinator_settings(home)[2]
     elif (home / CLIENT_FILE).is_file():
         sources = client_settings(home)[1]
     else:
-        raise NotFound(f"{home} holds neither {COORDINATOR_FILE} nor {CLIENT_FILE}")
+        raise NotFound(
+            f"{home} holds neither {COORDINATOR_FILE} nor {CLIENT_FILE}",
+            hint="'fedllm init' or 'fedllm client join' makes such a folder",
+        )
+    if as_json:
+        print_json({s.key: {"value": _plain(s.value), "origin": s.origin} for s in sources})
+        return
     columns = ("key", "value", "origin") if origin else ("key", "value")
-    print_table(str(home), columns, [(s.key, s.value, s.origin)[: len(columns)] for s in sources])
+    print_table(str(home), columns, [(s.key, exact(s.value), s.origin)[: len(columns)] for s in sources])
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, Path) else value

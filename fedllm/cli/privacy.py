@@ -7,10 +7,10 @@ from pathlib import Path
 
 import typer
 
-from fedllm.cli.context import client_settings
 from fedllm.cli.output import print_json, print_line, print_table
 from fedllm.clock import SystemClock
-from fedllm.identity import SigningIdentity
+from fedllm.errors import NotFound
+from fedllm.identity import SigningIdentity, VerifyKey
 
 app = typer.Typer(no_args_is_help=True, help="Privacy: what was spent, what a budget costs.")
 HOME = typer.Option(..., help="The owner's folder.")
@@ -23,6 +23,8 @@ def show(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help="
     from fedllm.privacy.mechanism import describe
 
     ledger = Ledger.read(home / "ledger.jsonl", _public(home))
+    if not ledger.entries():
+        raise NotFound(f"the ledger at {home / 'ledger.jsonl'} is empty", hint="the daemon begins it when it starts")
     spent = ledger.spent()
     rows = [
         (r.federation, r.round_number, r.mechanism.kind, r.mechanism.noise_multiplier, r.mechanism.sample_rate,
@@ -31,25 +33,28 @@ def show(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help="
     ]  # fmt: skip
     if as_json:
         print_json({
-            "epsilon": None if math.isinf(spent) else spent, "limit": ledger.limit_epsilon, "delta": ledger.delta,
+            "epsilon": spent, "limit": ledger.limit_epsilon, "delta": ledger.delta,
             "unit": ledger.unit, "relation": ledger.relation, "reservations": len(rows),
             "covers": "training records; held-out scores are released as masked sums outside epsilon",
         })  # fmt: skip
         return
+    allowed = "no limit" if math.isinf(ledger.limit_epsilon) else f"{ledger.limit_epsilon:g}"
     columns = ("federation", "round", "mechanism", "noise", "sample rate", "steps", "plan")
     print_table(f"{len(rows)} rounds charged", columns, rows)
-    print_line(f"spent: {describe(spent, ledger.delta, ledger.unit, ledger.relation)} of {ledger.limit_epsilon:g}")
+    print_line(f"spent: {describe(spent, ledger.delta, ledger.unit, ledger.relation)} of {allowed}")
     print_line("covers training records; held-out scores leave as masked sums, outside epsilon")
 
 
 @app.command("verify")
-def verify(home: Path = HOME) -> None:
+def verify(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """Check every entry's hash, signature and place in the chain; exit 1 and the line if one is wrong."""
     from fedllm.privacy.ledger import Ledger
 
-    ledger = Ledger.read(home / "ledger.jsonl", _public(home))
-    ledger.verify()
-    print_line(f"{len(ledger.entries())} entries, chain and signatures good")
+    entries = Ledger.read(home / "ledger.jsonl", _public(home)).entries()  # reading verifies
+    if as_json:
+        print_json({"entries": len(entries), "last": entries[-1].digest if entries else None})
+    else:
+        print_line(f"{len(entries)} entries, chain and signatures good")
 
 
 @app.command("calibrate")
@@ -70,14 +75,25 @@ def calibrate(
         print_line(f"{noise:.4f}")
 
 
-def limit(home: Path, epsilon: float, reason: str) -> None:
-    """Record a changed limit as a signed act of the owner."""
+def limit(home: Path, epsilon: float, *, reason: str) -> bool:
+    """Record a changed limit in the ledger, as a signed act of the owner.
+
+    Returns
+    -------
+    bool
+        Whether a line was written: there is a ledger and its limit was another one.
+    """
     from fedllm.privacy.ledger import Ledger
 
-    settings, _ = client_settings(home)
-    identity = SigningIdentity.load(settings.home / "owner.pem")
-    Ledger.resume(home / "ledger.jsonl", identity, SystemClock()).set_limit(epsilon, reason=reason)
+    path = home / "ledger.jsonl"
+    if not path.is_file():
+        return False  # the daemon begins one with the policy's limit
+    ledger = Ledger.resume(path, SigningIdentity.load(home / "owner.pem"), SystemClock())
+    if ledger.limit_epsilon == epsilon:
+        return False
+    ledger.set_limit(epsilon, reason=reason)
+    return True
 
 
-def _public(home: Path):  # type: ignore[no-untyped-def]
+def _public(home: Path) -> VerifyKey:
     return SigningIdentity.load(home / "owner.pem").public

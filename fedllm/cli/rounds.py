@@ -9,16 +9,16 @@ from typing import Any
 
 import typer
 
-from fedllm.cli.context import ControlApi, coordinator_settings, pick_federation
+from fedllm.cli.context import ControlApi, coordinator_settings, error_class, pick_federation
 from fedllm.cli.output import print_json, print_line, print_table, say
 from fedllm.errors import FedllmError, PolicyRefused, RoundAborted
 
 app = typer.Typer(no_args_is_help=True, help="Run rounds and look at them.")
 HOME = typer.Option(..., help="The coordinator's folder.")
 FEDERATION = typer.Option(None, help="Federation, if there are several.")
+NUMBER = typer.Argument(..., help="Number of the round.")
 JSON = typer.Option(False, "--json", help="Print JSON.")
 _POLL_S = 0.5
-_REFUSALS = {"policy-refused", "budget-exhausted", "base-mismatch"}
 
 
 @app.command("run")
@@ -34,7 +34,10 @@ def run(
     before = [r["number"] for r in api.call("GET", f"/v1/federations/{name}/rounds")["rounds"]]
     api.call("POST", f"/v1/federations/{name}/rounds", {"rounds": rounds})
     if not follow:
-        print_line(f"asked for {rounds} rounds of {name}")
+        if as_json:
+            print_json({"federation": name, "asked": rounds})
+        else:
+            print_line(f"asked for {rounds} rounds of {name}")
         return
     done = _follow(api, name, set(before), rounds)
     if as_json:
@@ -58,7 +61,12 @@ def list_rounds(home: Path = HOME, federation: str | None = FEDERATION, as_json:
 
 
 @app.command("show")
-def show(number: int, home: Path = HOME, federation: str | None = FEDERATION, as_json: bool = JSON) -> None:
+def show(
+    number: int = NUMBER,
+    home: Path = HOME,
+    federation: str | None = FEDERATION,
+    as_json: bool = JSON,
+) -> None:
     """Show one round: seconds by phase, bytes by owner, verdict, faults."""
     api, name = _connect(home, federation)
     found = api.call("GET", f"/v1/federations/{name}/rounds/{number}")
@@ -76,7 +84,7 @@ def show(number: int, home: Path = HOME, federation: str | None = FEDERATION, as
 
 @app.command("abort")
 def abort(
-    number: int,
+    number: int = NUMBER,
     home: Path = HOME,
     federation: str | None = FEDERATION,
     reason: str = typer.Option("aborted by the operator", help="Goes into the journal and to the owners."),
@@ -124,5 +132,9 @@ def _print_rounds(name: str, rounds: list[dict[str, Any]]) -> None:
 
 
 def _abort_error(record: dict[str, Any]) -> FedllmError:
-    kind = PolicyRefused if record["code"] in _REFUSALS else RoundAborted
-    return kind(f"round {record['number']} was aborted: {record['reason']}", hint="'fedllm round show' has the details")
+    found = error_class(record["code"] or "")
+    kind = found if found is not None and issubclass(found, PolicyRefused) else RoundAborted
+    return kind(
+        f"round {record['number']} was aborted: {record['reason']}",
+        hint=f"'fedllm round show {record['number']}' has the details; what was reserved stays spent",
+    )

@@ -6,15 +6,16 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import typer
 
 from fedllm import telemetry
-from fedllm.cli.context import serve_settings
-from fedllm.cli.output import print_line, print_table, say
+from fedllm.cli.context import error_class, error_of, serve_settings
+from fedllm.cli.output import print_json, print_line, print_table, say
 from fedllm.clock import SystemClock
-from fedllm.errors import AuthenticationError, FedllmError, NotFound, PeerUnavailable
+from fedllm.errors import AuthenticationError, ConfigError, FedllmError, NotFound, PeerUnavailable
 
 tenants = typer.Typer(no_args_is_help=True, help="Who may ask the endpoint, and for what.")
 FILE = typer.Option(..., "--tenants", help="TOML file of tenants; keys in it are hashed.")
@@ -68,11 +69,15 @@ def add(
 
 
 @tenants.command("list")
-def list_tenants(file: Path = FILE) -> None:
+def list_tenants(file: Path = FILE, as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """List tenants and what they may use; never keys."""
     from fedllm.serving.tenants import load_tenants
 
-    print_table(str(file), ("tenant", "aliases"), [(t.name, ", ".join(t.allow)) for t in load_tenants(file)])
+    found = load_tenants(file)
+    if as_json:
+        print_json([{"name": t.name, "allow": list(t.allow)} for t in found])
+    else:
+        print_table(str(file), ("tenant", "aliases"), [(t.name, ", ".join(t.allow)) for t in found])
 
 
 def chat(
@@ -83,6 +88,8 @@ def chat(
     max_tokens: int = typer.Option(128, help="Tokens of the answer at most."),
 ) -> None:
     """Ask an endpoint from a terminal; the answer streams to stdout, the version to stderr."""
+    if key_file is not None and not key_file.is_file():
+        raise NotFound(f"no key file {key_file}", hint="'fedllm tenant add' prints a key, once")
     key = key_file.read_text(encoding="utf-8").strip() if key_file else os.environ.get("FEDLLM_API_KEY", "")
     if not key:
         raise AuthenticationError("no tenant key: --key-file or FEDLLM_API_KEY", hint="'fedllm tenant add' prints one")
@@ -99,25 +106,30 @@ def chat(
         ) as answer:  # fmt: skip
             if answer.is_error:
                 answer.read()
-                raise _api_error(answer)
+                raise error_of(answer, who="the endpoint")
             fingerprint = ""
             for line in answer.iter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
-                chunk = json.loads(line[6:])
+                chunk = _chunk(line[6:])
                 fingerprint = chunk.get("system_fingerprint") or fingerprint
                 sys.stdout.write("".join(c["delta"].get("content") or "" for c in chunk["choices"]))
                 sys.stdout.flush()
+    except httpx.InvalidURL as error:
+        raise ConfigError(f"--url {url!r} is no address: {error}", hint="e.g. http://127.0.0.1:8000") from None
     except httpx.TransportError as error:
         raise PeerUnavailable(f"no endpoint answers at {url} ({type(error).__name__})", hint="'fedllm serve'") from None
     print_line("")
     say(f"answered by version {fingerprint[:16]}")
 
 
-def _api_error(answer: httpx.Response) -> FedllmError:
+def _chunk(data: str) -> dict[str, Any]:
+    """Return one event of the stream, or raise the error that it carries in mid-answer."""
     try:
-        message = answer.json()["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        message = f"the endpoint answered {answer.status_code}"
-    kinds: dict[int, type[FedllmError]] = {401: AuthenticationError, 403: AuthenticationError, 404: NotFound}
-    return kinds.get(answer.status_code, FedllmError)(message)
+        chunk: dict[str, Any] = dict(json.loads(data))
+        if "error" in chunk:
+            kind = error_class(str(chunk["error"].get("code"))) or FedllmError
+            raise kind(f"the endpoint broke off: {chunk['error']['message']}")
+        return {"choices": [], **chunk}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise PeerUnavailable("what answers there is no fedllm endpoint", hint="check --url") from None

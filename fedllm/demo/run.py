@@ -114,7 +114,8 @@ async def _loop(
     example["after"] = await _ask(cluster, ALIAS, example["prompt"])
     finished = [s for s in load.streams if s.error is None]
     models = {base_digest: base_id, **{d: f"{ALIAS}@{d}" for d in await _version_digests(control)}}
-    suspects = mixed(finished, list(models), await _regrets(cluster, finished, models))
+    with httpx.Client(trust_env=False, timeout=120.0) as client:
+        suspects = mixed(finished, list(models), _regrets(cluster, client, models))
     # Every replacement of the endpoint's alias table is one flip, and this endpoint started with none.
     swaps = int((await health(cluster))["epoch"])
     return _report(cluster, rounds, load.streams, len(suspects), swaps, loop_s, alone, example)
@@ -221,23 +222,22 @@ async def _version_digests(control: Control) -> list[str]:
     return [v["digest"] for v in (await control.get("/v1/versions"))["versions"]]
 
 
-async def _regrets(cluster: Cluster, streams: list[Stream], models: Mapping[str, str]) -> RegretOf:
-    """Score every answer under every version, through the endpoint; return the look-up of what was found.
+def _regrets(cluster: Cluster, client: httpx.Client, models: Mapping[str, str]) -> RegretOf:
+    """Return a function that asks the endpoint to score one answer under one version.
 
     Parameters
     ----------
     models : Mapping[str, str]
         Version digest to the model id that pins it.
     """
-    table: dict[tuple[str, int], float] = {}
-    async with httpx.AsyncClient(trust_env=False, timeout=120.0, headers=_tenant(cluster)) as client:
-        for digest, model in models.items():
-            for stream in streams:
-                body = {"model": model, "prompt_token_ids": stream.prompt_tokens, "token_ids": stream.tokens}
-                answer = await client.post(f"{cluster.endpoint}/v1/score", json=body)
-                answer.raise_for_status()
-                table[digest, id(stream)] = sum(answer.json()["regrets"])
-    return lambda digest, stream: table[digest, id(stream)]
+
+    def regret(digest: str, stream: Stream) -> float:
+        body = {"model": models[digest], "prompt_token_ids": stream.prompt_tokens, "token_ids": stream.tokens}
+        answer = client.post(f"{cluster.endpoint}/v1/score", json=body, headers=_tenant(cluster))
+        answer.raise_for_status()
+        return float(sum(answer.json()["regrets"]))
+
+    return regret
 
 
 def _tenant(cluster: Cluster) -> dict[str, str]:
