@@ -19,7 +19,7 @@ demo: $(STAMP)  ## Four owners, a coordinator and an endpoint as real processes:
 	$(BIN)/fedllm demo $(DEMO_FLAGS)
 
 test: $(STAMP)  ## Every test that ends within 12 minutes on two cores, real processes included
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests --ignore tests/slow
 
 check: $(STAMP)  ## ruff, strict typing, import floors, lean imports
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ def gate(model: LoraModel, parameters: Sequence[nn.Parameter], examples: Sequenc
     return worst
 
 
-def _silent(done: int, total: int) -> None:  # noqa: ARG001 - the port's shape
+def _silent(done: int, total: int) -> None:
     """Report no progress."""
 
 

@@ -24,9 +24,10 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from rich.table import Table
 
-from benchmarks.document import Document, check, parser, rounded, run
+from benchmarks.document import Document, parser, rounded, run
 from benchmarks.secagg_flower import Flower
 from benchmarks.secagg_ours import Fedllm
+from fedllm.errors import ConfigError
 from fedllm.messages.plan import honest_threshold
 
 F32 = NDArray[np.float32]
@@ -179,10 +180,9 @@ def measure(options: Namespace) -> Document:
     """Gate on short vectors, then time on long ones (and check those, too)."""
     owners, dropouts = options.owners, options.dropouts
     dim = options.dim or (QUICK_DIM if options.quick else 1_000_000)
-    check(
-        owners - dropouts >= max(3, honest_threshold(owners)),
-        f"{owners} owners with {dropouts} dropouts: {max(3, honest_threshold(owners))} survivors are needed",
-    )
+    needed = max(3, honest_threshold(owners))
+    if owners - dropouts < needed:
+        raise ConfigError(f"{owners} owners with {dropouts} dropouts leave {owners - dropouts}, {needed} are needed")
     play(make_providers(owners, GATE_DIM, dropouts), make_updates(owners, GATE_DIM), dropouts)
     providers = make_providers(owners, dim, dropouts)
     costs, floor = play(providers, make_updates(owners, dim), dropouts)

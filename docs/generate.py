@@ -1,4 +1,4 @@
-"""Write the reference pages that are read out of the code: errors and configuration.
+"""Write the reference pages that are read out of the code: errors, configuration and the command line.
 
 ``python docs/generate.py`` rewrites them; a test fails when they are stale.
 """
@@ -9,7 +9,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from fedllm import config, errors
+import click
+import typer
+
+from fedllm import cli, config, errors
 
 HERE = Path(__file__).parent
 
@@ -66,7 +69,23 @@ def _default(spec: dataclasses.Field[Any]) -> str:
     return "required"
 
 
-PAGES = {"errors.md": errors_page, "configuration.md": configuration_page}
+def help_page() -> str:
+    """Return ``help.md``: what ``--help`` prints for every command, at a fixed width."""
+    text = "# Command line\n\nWhat `--help` prints, for every command. Exit codes: [errors.md](errors.md).\n"
+    root = typer.main.get_command(cli.app)
+    return text + _help(root, root.context_class(root, info_name="fedllm", terminal_width=_WIDTH))
+
+
+def _help(command: click.Command, context: click.Context) -> str:
+    lines = [line.rstrip() for line in command.get_help(context).splitlines()]
+    text = f"\n## `{context.command_path}`\n\n```\n" + "\n".join(lines) + "\n```\n"
+    for name, inner in getattr(command, "commands", {}).items():
+        text += _help(inner, inner.context_class(inner, info_name=name, parent=context))
+    return text
+
+
+_WIDTH = 100
+PAGES = {"errors.md": errors_page, "configuration.md": configuration_page, "help.md": help_page}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

@@ -9,22 +9,16 @@ from __future__ import annotations
 import sys
 
 import click
-import typer
 from click.exceptions import NoArgsIsHelpError
 
 from fedllm.cli import adapter, client, coordinator, demo, federation, info, model, privacy, rounds, serve
 from fedllm.cli.extras import missing_extra
 from fedllm.cli.files import of_system
 from fedllm.cli.output import print_error, say
+from fedllm.cli.plain import Noun
 from fedllm.errors import ConfigError, FedllmError
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Fine-tune a shared LoRA adapter across owners who cannot share data; serve every new version live.",
-)
+app = Noun("Fine-tune a shared LoRA adapter across owners who cannot share data; serve every new version live.")
 federation.register(app)
 info.register(app)
 serve.register(app)
@@ -73,4 +67,6 @@ def _fail(error: FedllmError) -> None:
 
 def _usage(error: click.ClickException) -> ConfigError:
     context = error.ctx if isinstance(error, click.UsageError) else None
-    return ConfigError(error.format_message(), hint=f"{context.command_path if context else 'fedllm'} --help")
+    # typer and click both look for the nearest name; it is said once
+    said = list(dict.fromkeys(part.strip() for part in error.format_message().split("Did you mean ")))
+    return ConfigError(" Did you mean ".join(said), hint=f"{context.command_path if context else 'fedllm'} --help")

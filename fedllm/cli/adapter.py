@@ -11,11 +11,12 @@ import typer
 from fedllm.cli.context import ControlApi, coordinator_settings, pick_federation
 from fedllm.cli.files import drafts
 from fedllm.cli.output import print_json, print_line, print_table, say
+from fedllm.cli.plain import Noun
 from fedllm.errors import ConfigError, DigestMismatch, NotFound
 from fedllm.identity import SigningIdentity
 from fedllm.ids import sha256
 
-app = typer.Typer(no_args_is_help=True, help="Adapter versions and the aliases that point at them.")
+app = Noun("Adapter versions and the aliases that point at them.")
 HOME = typer.Option(..., help="The coordinator's folder.")
 FEDERATION = typer.Option(None, help="Federation, if there are several.")
 VERSION = typer.Argument(..., help="NAME@vN, or at least 8 digits of a digest.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -14,15 +14,18 @@ from fedllm.cli.context import CLIENT_FILE, client_settings
 from fedllm.cli.files import drafts
 from fedllm.cli.offer import read_offer
 from fedllm.cli.output import exact, print_json, print_line, print_table, say
+from fedllm.cli.plain import Noun
 from fedllm.cli.privacy import limit
-from fedllm.client.policy import OwnerPolicy
 from fedllm.clock import SystemClock
 from fedllm.errors import AuthenticationError, BaseMismatch, ConfigError, DataError, IntegrityError, NotFound
 from fedllm.identity import SigningIdentity, VerifyKey
 from fedllm.ids import OwnerId, check_name
 
-app = typer.Typer(no_args_is_help=True, help="Run a data owner's daemon.")
-policy = typer.Typer(no_args_is_help=True, help="The owner's own limits.")
+if TYPE_CHECKING:
+    from fedllm.client.policy import OwnerPolicy
+
+app = Noun("Run a data owner's daemon.")
+policy = Noun("The owner's own limits.")
 app.add_typer(policy, name="policy")
 HOME = typer.Option(..., help="The owner's folder: key, policy, ledger, audit log.")
 KEY_FILE = "owner.pem"
@@ -59,6 +62,7 @@ def join(
 ) -> None:
     """Approve a federation: pins the coordinator's key and the roster, writes client.toml and policy.toml."""
     from fedllm.basemodel.inspect import open_base
+    from fedllm.client.policy import OwnerPolicy
 
     check_name(owner, what="owner")
     offer = read_offer(file)
@@ -110,6 +114,8 @@ def _check_pinned(home: Path, key: VerifyKey) -> None:
 
 def _agreed(home: Path, wanted: OwnerPolicy) -> OwnerPolicy | None:
     """Return the policy to write; None if the owner has one, which no join changes."""
+    from fedllm.client.policy import OwnerPolicy
+
     path = home / POLICY_FILE
     if not path.exists():
         return wanted
@@ -187,7 +193,7 @@ def audit(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help=
     """List exactly what left this machine: time, kind, round, bytes, digest."""
     path = home / "audit.jsonl"
     if not path.is_file():
-        raise NotFound(f"no audit log at {path}: nothing has left this machine yet")
+        raise NotFound(f"no audit log at {path}: nothing has left this machine yet", hint="fedllm client start")
     entries = [_entry(path, n, line) for n, line in enumerate(path.read_bytes().splitlines(), start=1)]
     if as_json:
         print_json(entries)
@@ -207,6 +213,8 @@ def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
 @policy.command("show")
 def policy_show(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """Print the limits this owner enforces."""
+    from fedllm.client.policy import OwnerPolicy
+
     table = OwnerPolicy.load(home / POLICY_FILE).to_table()
     if as_json:
         print_json(table)
@@ -222,6 +230,8 @@ def policy_set(
     reason: str = typer.Option("changed by the owner", help="Goes into the ledger with a changed budget."),
 ) -> None:
     """Change one limit; a changed budget is also a signed entry of the ledger. Restart the daemon afterwards."""
+    from fedllm.client.policy import OwnerPolicy
+
     before = OwnerPolicy.load(home / POLICY_FILE)
     changed = before.with_value(name, value)
     if changed.delta != before.delta and (home / LEDGER_FILE).is_file():

@@ -10,10 +10,11 @@ from fedllm import telemetry
 from fedllm.cli.context import ControlApi, coordinator_settings
 from fedllm.cli.federation import KEY_FILE, roster_file
 from fedllm.cli.output import print_json, print_table
+from fedllm.cli.plain import Noun
 from fedllm.clock import SystemClock
 from fedllm.identity import Roster, SigningIdentity
 
-app = typer.Typer(no_args_is_help=True, help="Run and watch the coordinator.")
+app = Noun("Run and watch the coordinator.")
 HOME = typer.Option(..., help="The coordinator's folder, made by 'fedllm init'.")
 
 

@@ -10,13 +10,14 @@ import typer
 from fedllm.cli.context import COORDINATOR_FILE, coordinator_settings, pick_federation
 from fedllm.cli.files import drafts
 from fedllm.cli.output import print_json, print_line, print_table, say
+from fedllm.cli.plain import Noun
 from fedllm.errors import ConfigError, NotFound
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
 from fedllm.ids import OwnerId, check_alias, check_name
 from fedllm.messages.envelope import COORDINATOR
 
 KEY_FILE = "coordinator.pem"
-owners = typer.Typer(no_args_is_help=True, help="Enrol data owners: names and pinned keys.")
+owners = Noun("Enrol data owners: names and pinned keys.")
 
 _TEMPLATE = """\
 # A fedllm coordinator. Every key: docs/configuration.md. Values here yield to FEDLLM_* and to flags.

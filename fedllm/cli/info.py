@@ -21,9 +21,10 @@ from fedllm.cli.context import (
 )
 from fedllm.cli.extras import PARTS
 from fedllm.cli.output import exact, print_json, print_line, print_table
+from fedllm.cli.plain import Noun
 from fedllm.errors import NotFound
 
-config = typer.Typer(no_args_is_help=True, help="Look at settings.")
+config = Noun("Look at settings.")
 
 
 def register(app: typer.Typer) -> None:

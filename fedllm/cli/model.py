@@ -8,8 +8,9 @@ import typer
 
 from fedllm.cli.context import cache_root
 from fedllm.cli.output import print_json, print_line, progress, say
+from fedllm.cli.plain import Noun
 
-app = typer.Typer(no_args_is_help=True, help="Fetch and check base models.")
+app = Noun("Fetch and check base models.")
 
 
 @app.command("pull")

@@ -20,6 +20,10 @@ from fedllm.errors import FedllmError
 stderr = Console(stderr=True, highlight=False)
 stdout = Console(highlight=False, soft_wrap=True)
 _UNBROKEN = 10_000
+_HINTS = {
+    2: "docs/configuration.md names every key and what it takes, --help every flag",
+    5: "check the name or path; 'list' commands show what there is",
+}
 
 
 def print_json(document: Any) -> None:
@@ -55,9 +59,8 @@ def print_table(
 
 def print_error(error: FedllmError) -> None:
     """Print ``error[code]: message`` and the hint on stderr."""
-    stderr.print(f"error[{error.code}]: {error.message}", markup=False, soft_wrap=True)
-    if error.hint:
-        stderr.print(f"\nhint: {error.hint}", markup=False, soft_wrap=True)
+    hint = error.hint or _HINTS.get(error.exit_code, f"docs/errors.md says what {error.code} means")
+    stderr.print(f"error[{error.code}]: {error.message}\n\nhint: {hint}", markup=False, soft_wrap=True)
 
 
 def progress() -> Progress:

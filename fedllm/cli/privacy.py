@@ -8,11 +8,12 @@ from pathlib import Path
 import typer
 
 from fedllm.cli.output import print_json, print_line, print_table
+from fedllm.cli.plain import Noun
 from fedllm.clock import SystemClock
 from fedllm.errors import NotFound
 from fedllm.identity import SigningIdentity, VerifyKey
 
-app = typer.Typer(no_args_is_help=True, help="Privacy: what was spent, what a budget costs.")
+app = Noun("Privacy: what was spent, what a budget costs.")
 HOME = typer.Option(..., help="The owner's folder.")
 
 

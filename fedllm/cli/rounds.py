@@ -11,9 +11,10 @@ import typer
 
 from fedllm.cli.context import ControlApi, coordinator_settings, error_class, pick_federation
 from fedllm.cli.output import print_json, print_line, print_table, say
+from fedllm.cli.plain import Noun
 from fedllm.errors import FedllmError, PolicyRefused, RoundAborted
 
-app = typer.Typer(no_args_is_help=True, help="Run rounds and look at them.")
+app = Noun("Run rounds and look at them.")
 HOME = typer.Option(..., help="The coordinator's folder.")
 FEDERATION = typer.Option(None, help="Federation, if there are several.")
 NUMBER = typer.Argument(..., help="Number of the round.")

@@ -14,10 +14,11 @@ import typer
 from fedllm import telemetry
 from fedllm.cli.context import error_class, error_of, serve_settings
 from fedllm.cli.output import print_json, print_line, print_table, say
+from fedllm.cli.plain import Noun
 from fedllm.clock import SystemClock
 from fedllm.errors import AuthenticationError, ConfigError, FedllmError, NotFound, PeerUnavailable
 
-tenants = typer.Typer(no_args_is_help=True, help="Who may ask the endpoint, and for what.")
+tenants = Noun("Who may ask the endpoint, and for what.")
 FILE = typer.Option(..., "--tenants", help="TOML file of tenants; keys in it are hashed.")
 
 

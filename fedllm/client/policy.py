@@ -55,8 +55,11 @@ class OwnerPolicy:
 
     def __post_init__(self) -> None:
         """Refuse limits that limit nothing."""
-        if not self.max_epsilon > 0 or not 0 < self.delta < 1:
-            raise ConfigError(f"max_epsilon {self.max_epsilon}, delta {self.delta}: positive, and in (0, 1)")
+        if not 0 < self.max_epsilon < math.inf or not 0 < self.delta < 1:
+            raise ConfigError(
+                f"max_epsilon {self.max_epsilon}, delta {self.delta}: positive and finite, and in (0, 1)",
+                hint="to accept rounds without any guarantee, set allow_without_dp",
+            )
         if self.min_cohort < LEAST_SURVIVORS or self.min_survivors < LEAST_SURVIVORS:
             raise ConfigError(
                 f"min_cohort {self.min_cohort}, min_survivors {self.min_survivors}: {LEAST_SURVIVORS} at least",
@@ -98,8 +101,11 @@ class OwnerPolicy:
         """Write the policy as TOML, whole or not at all."""
         lines = [f"{key} = {json.dumps(value)}" for key, value in self.to_table().items()]
         draft = path.with_suffix(".tmp")
-        draft.write_text(f"[{_SECTION}]\n" + "\n".join(lines) + "\n", encoding="utf-8")
-        draft.replace(path)
+        try:
+            draft.write_text(f"[{_SECTION}]\n" + "\n".join(lines) + "\n", encoding="utf-8")
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def to_table(self) -> dict[str, Any]:
         """Return names and values as TOML and JSON hold them."""

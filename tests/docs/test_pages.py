@@ -20,7 +20,7 @@ def _generator() -> object:
     return module
 
 
-@pytest.mark.parametrize("page", ["errors.md", "configuration.md"])
+@pytest.mark.parametrize("page", ["errors.md", "configuration.md", "help.md"])
 def test_generated_pages_are_fresh(page: str) -> None:
     """A new key or error code must be documented: run ``python docs/generate.py``."""
     made = _generator().PAGES[page]()  # type: ignore[attr-defined]

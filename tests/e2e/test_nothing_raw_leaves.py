@@ -99,22 +99,26 @@ MEASURED_UP = {
 """The numbers in clear that an owner's machine makes: how long training took, last took, and how far it is."""
 LONGEST_USUAL_WORD = 8
 """Names and numbers of the records are longer than this; words such as "please" and "start" are not."""
-CARRIERS = ("memory", pytest.param("flower", marks=pytest.mark.flower))
+FLOWER = pytest.param("flower", marks=pytest.mark.flower)
+CARRIERS = ("memory", FLOWER)
+only_flower = pytest.mark.parametrize("captured", [FLOWER], indirect=True)
 
 
 @pytest.fixture(scope="module", params=CARRIERS)
 def captured(request: pytest.FixtureRequest, tiny_base: Path) -> Iterator[CapturedRound]:
     """Return a whole round with every message of it, over each carrier."""
     root = Path(tempfile.mkdtemp(prefix="nr", dir="/tmp"))  # short enough for sockets
-    data = {owner: make_private_data(root / "data" / owner, owner) for owner in OWNERS}
-    found = CapturedRound(root, data)
-    with pytest.MonkeyPatch.context() as patch:
-        found.hidden.spy(patch)
-        asyncio.run((over_flower if request.param == "flower" else in_memory)(found, tiny_base))
-    assert found.record is not None
-    assert found.record.state is RoundState.JUDGED, found.record.reason
-    yield found
-    shutil.rmtree(root, ignore_errors=True)
+    try:
+        data = {owner: make_private_data(root / "data" / owner, owner) for owner in OWNERS}
+        found = CapturedRound(root, data)
+        with pytest.MonkeyPatch.context() as patch:
+            found.hidden.spy(patch)
+            asyncio.run((over_flower if request.param == "flower" else in_memory)(found, tiny_base))
+        assert found.record is not None
+        assert found.record.state is RoundState.JUDGED, found.record.reason
+        yield found
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -301,11 +305,10 @@ def test_the_opened_sums_are_the_plain_sums_bit_for_bit(captured: CapturedRound)
         assert opened.tobytes() == expected.tobytes()
 
 
+@only_flower
 @pytest.mark.skipif(probe().kind != "landlock", reason=f"the relay cannot be isolated here: {probe().why}")
 def test_the_relay_cannot_read_what_it_must_not(captured: CapturedRound) -> None:
     """Under the very restrictions of the running SuperNode, key, ledger and data cannot be opened; it holds none."""
-    if not captured.isolation:
-        pytest.skip("no relay process in a round in memory")
     for owner in OWNERS:
         found = captured.isolation[owner]
         for process in ("app host", "supernode"):
@@ -318,10 +321,9 @@ def test_the_relay_cannot_read_what_it_must_not(captured: CapturedRound) -> None
         assert {v for k, v in found.items() if " holds " in k} == {"nothing"}
 
 
+@only_flower
 def test_flower_keeps_nothing_private_on_disk(captured: CapturedRound, secrets: Search) -> None:
     """The SuperLink's database, Flower's homes and all logs of its processes hold nothing of an owner's either."""
-    if not captured.isolation:
-        pytest.skip("Flower took no part in a round in memory")
     link = captured.root / "c" / "f"
     assert (link / "superlink.db").is_file()
     # logs have words of their own, such as "start": only what is long enough to be an owner's is looked for
