@@ -8,11 +8,11 @@ import typer
 
 from fedllm import telemetry
 from fedllm.cli.context import ControlApi, coordinator_settings
-from fedllm.cli.federation import KEY_FILE, roster_file
+from fedllm.cli.federation import KEY_FILE
 from fedllm.cli.output import print_json, print_table
 from fedllm.cli.plain import Noun
 from fedllm.clock import SystemClock
-from fedllm.identity import Roster, SigningIdentity
+from fedllm.identity import SigningIdentity
 
 app = Noun("Run and watch the coordinator.")
 HOME = typer.Option(..., help="The coordinator's folder, made by 'fedllm init'.")
@@ -35,15 +35,15 @@ def start(
 @app.command("check")
 def check(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """Validate configuration, key, rosters and base models; change nothing."""
-    from fedllm.basemodel.inspect import open_base
+    from fedllm.server.app import load_federation
 
     settings, federations, _ = coordinator_settings(home)
     identity = SigningIdentity.load(home / KEY_FILE)
     rows = []
     for federation in federations:
-        roster = Roster.load(roster_file(home, federation.name))
-        base = open_base(federation.base)
-        rows.append((federation.name, federation.alias, federation.method, len(roster.members), base.digest[:12]))
+        loaded = load_federation(federation, home)
+        owners = len(loaded.roster.members)
+        rows.append((federation.name, federation.alias, federation.method, owners, loaded.spec.base[:12]))
     if as_json:
         keys = ("name", "alias", "method", "owners", "base")
         print_json({

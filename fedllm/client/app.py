@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from fedllm import telemetry
-from fedllm.client.daemon import Daemon
+from fedllm.client.daemon import Daemon, check_own_key
 from fedllm.client.policy import OwnerPolicy
 from fedllm.client.sandbox import Isolation, confined, probe, python_reads
 from fedllm.client.status import Status, write_status
@@ -88,6 +88,7 @@ async def _serve(settings: ClientSettings, clock: Clock) -> None:
     reporter = _Reporter(settings, probe([settings.home, settings.data]), clock)
     identity = SigningIdentity.load(settings.home / KEY_FILE)
     roster = Roster.load(settings.roster)
+    check_own_key(roster, OwnerId(settings.owner), identity)  # before a model is loaded for nothing
     policy = OwnerPolicy.load(settings.home / POLICY_FILE)
     coordinator = VerifyKey.parse(settings.coordinator_key)
     reporter.say("loading")

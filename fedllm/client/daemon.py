@@ -59,6 +59,15 @@ _HOLD_STEP_S = 0.05
 _NOT_COMPLETED = frozenset({"aborted", "replaced", "stopped"})
 
 
+def check_own_key(roster: Roster, owner: OwnerId, identity: SigningIdentity) -> None:
+    """Raise `AuthenticationError` unless the roster pins the key held here for `owner`."""
+    if roster.key(owner) != identity.public:
+        raise AuthenticationError(
+            f"the key held here is not the one that the roster pins for {owner!r}",
+            hint="approve a roster that names this owner's key, or restore the key",
+        )
+
+
 class Daemon:
     """Answers the coordinator's requests for one owner in one federation.
 
@@ -107,11 +116,7 @@ class Daemon:
         worker: Executor | None = None,
         hold_s: float = 0.0,
     ) -> None:
-        if roster.key(owner) != identity.public:
-            raise AuthenticationError(
-                f"the key held here is not the one that the roster pins for {owner!r}",
-                hint="approve a roster that names this owner's key, or restore the key",
-            )
+        check_own_key(roster, owner, identity)
         self._owner = owner
         self._federation = federation
         self._identity = identity

@@ -61,13 +61,16 @@ def fedllm(*arguments: object) -> Said:
 
 
 def process(
-    *arguments: object, first: str = "", environ: Mapping[str, str] | None = None, before: Callable[[], None] | None = None
+    *arguments: object,
+    first: str = "",
+    environ: Mapping[str, str] | None = None,
+    before: Callable[[], None] | None = None,
 ) -> Said:
     """Run a command in a process of its own; `first` is Python that runs there before it."""
     program = f"{first}\nimport sys\nfrom fedllm.cli import main\nsys.argv[0] = 'fedllm'\nmain()"
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
-        capture_output=True, text=True, check=False, timeout=60, preexec_fn=before,  # noqa: PLW1509
+        capture_output=True, text=True, check=False, timeout=60, preexec_fn=before,
         env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
     )  # fmt: skip
     return Said(done.returncode, done.stdout, done.stderr)

@@ -1,0 +1,118 @@
+"""A data owner's own commands over a real ledger: what was spent, what the limit is, who changed it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cli.command_line import fedllm, files, process
+from cli.conftest import Scene
+
+from fedllm.clock import FakeClock
+from fedllm.identity import SigningIdentity
+from fedllm.ids import sha256
+from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.privacy.ledger import Ledger
+
+MECHANISM = Mechanism("dp-sgd", UNIT_RECORD, RELATION_ADD_REMOVE, 2.0, 0.05, 0.25, 2, 1e-5)
+
+
+@pytest.fixture
+def home(scene: Scene) -> Path:
+    """Return an owner's folder with a ledger that was charged once."""
+    folder = scene.owner("east")
+    identity = SigningIdentity.load(folder / "owner.pem")
+    ledger = Ledger.open(
+        folder / "ledger.jsonl", identity, FakeClock(), dataset=sha256(b"data"), limit_epsilon=8.0, delta=1e-5
+    )
+    ledger.reserve(federation="tools", round_number=1, plan_digest=sha256(b"plan"), mechanism=MECHANISM)
+    return folder
+
+
+def test_show_says_epsilon_with_unit_and_delta(home: Path) -> None:
+    """An epsilon never stands alone, in words or as JSON."""
+    said = fedllm("privacy", "show", "--home", home)
+    assert said.exit_code == 0, said
+    assert "per record (add-or-remove-one), δ = 1e-05 of 8" in said.out
+    found = fedllm("privacy", "show", "--home", home, "--json").json()
+    assert 0 < found["epsilon"] < found["limit"] == 8.0
+    assert (found["unit"], found["relation"], found["delta"]) == (UNIT_RECORD, RELATION_ADD_REMOVE, 1e-5)
+    assert found["reservations"] == 1
+
+
+def test_verify_names_the_line_that_was_changed(home: Path) -> None:
+    """A good ledger passes; one changed digit is found, exit 1."""
+    assert fedllm("privacy", "verify", "--home", home).out == "2 entries, chain and signatures good\n"
+    assert fedllm("privacy", "verify", "--home", home, "--json").json()["entries"] == 2
+    ledger = home / "ledger.jsonl"
+    ledger.write_bytes(ledger.read_bytes().replace(b'"steps":2', b'"steps":1'))
+    before = files(home)
+    fedllm("privacy", "verify", "--home", home).fails(1, "ledger-corrupt", "line 2")
+    fedllm("privacy", "show", "--home", home).fails(1, "ledger-corrupt", "line 2")
+    assert files(home) == before
+
+
+def test_a_raised_budget_is_a_signed_line_of_the_ledger(home: Path) -> None:
+    """`policy set max_epsilon` writes the policy and the ledger; the reason is in the chain."""
+    said = fedllm("client", "policy", "set", "max_epsilon", 12, "--home", home, "--reason", "board, 3 May")
+    assert (said.exit_code, said.out) == (0, "max_epsilon = 12.0\n"), said
+    entry = Ledger.read(home / "ledger.jsonl", SigningIdentity.load(home / "owner.pem").public).entries()[-1]
+    assert (entry.kind, entry.fields) == ("limit", {"limit": 12.0, "reason": "board, 3 May"})
+    assert fedllm("privacy", "show", "--home", home, "--json").json()["limit"] == 12.0
+    assert fedllm("client", "policy", "show", "--home", home, "--json").json()["max_epsilon"] == 12.0
+
+
+def test_other_limits_leave_the_ledger_alone(home: Path) -> None:
+    """Only the budget is the ledger's affair, and its delta never changes."""
+    ledger = (home / "ledger.jsonl").read_bytes()
+    assert fedllm("client", "policy", "set", "max_rank", 8, "--home", home).exit_code == 0
+    before = files(home)
+    fedllm("client", "policy", "set", "delta", 1e-6, "--home", home).fails(2, "config", "one delta")
+    fedllm("client", "policy", "set", "max_epsilon", 9, "--home", home, "--reason", " ").fails(2, "config", "reason")
+    assert files(home) == before
+    assert before["ledger.jsonl"] == ledger
+
+
+def test_without_dp_there_is_no_limit_and_json_says_null(home: Path) -> None:
+    """Accepting rounds without a guarantee is recorded too; JSON has no infinity."""
+    assert fedllm("client", "policy", "set", "allow_without_dp", "true", "--home", home).exit_code == 0
+    assert fedllm("privacy", "show", "--home", home, "--json").json()["limit"] is None
+    assert "of no limit" in fedllm("privacy", "show", "--home", home).out
+
+
+def test_calibrate_prints_a_number_and_nothing_else() -> None:
+    """The noise multiplier on stdout, no library's advice on stderr, not even for a hopeless budget."""
+    said = process("privacy", "calibrate", "--epsilon", 8, "--steps", 4, "--json")
+    assert (said.exit_code, said.err) == (0, "")
+    assert 0.5 < said.json()["noise_multiplier"] < 1.5
+    rough = (
+        "from fedllm.messages.plan import Mechanism\nfrom fedllm.privacy.accountant import epsilon\n"
+        "epsilon([Mechanism('dp-sgd', 'record', 'add-or-remove-one', 0.02, 1.0, 0.5, 50, 1e-5)], 1e-5)"
+    )
+    assert process("version", first=rough).err == ""
+
+
+def test_joining_again_keeps_the_owners_limits(scene: Scene) -> None:
+    """A fresh join file renews the roster; the owner's policy is its own and stays."""
+    home = scene.owner("east")
+    assert fedllm("client", "policy", "set", "max_epsilon", 3, "--home", home).exit_code == 0
+    said = fedllm(*scene.join("east"))
+    assert said.exit_code == 0
+    assert "is kept as it is" in said.err
+    assert fedllm("client", "policy", "show", "--home", home, "--json").json()["max_epsilon"] == 3.0
+
+
+def test_settings_show_values_as_typed_and_where_they_came_from(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small delta is not rounded to zero; a variable beats the file, and `--origin` says so."""
+    monkeypatch.setenv("FEDLLM_COORDINATOR_PORT", "7777")
+    said = fedllm("config", "show", scene.home, "--origin")
+    assert any(line.split() == ["port", "7777", "FEDLLM_COORDINATOR_PORT"] for line in said.out.splitlines()), said.out
+    found = fedllm("config", "show", scene.home, "--json").json()
+    assert found["federation.tools.delta"] == {"value": 1e-5, "origin": "default"}
+    assert "1e-05" in fedllm("client", "policy", "show", "--home", scene.owner("east")).out
+
+
+def test_tables_in_a_pipe_break_no_line(scene: Scene) -> None:
+    """A key of 72 characters stays on one line, so that cut and grep work."""
+    said = fedllm("owner", "list", "--home", scene.home)
+    assert sum(line.count("ed25519:") == 1 and len(line.split()) == 3 for line in said.out.splitlines()) == 4
