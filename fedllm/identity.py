@@ -60,7 +60,7 @@ class VerifyKey:
         except ValueError:
             raise ConfigError(
                 f"{text!r} is not a public key: ed25519: and 64 hex digits expected",
-                hint="copy the line that 'fedllm init' or 'fedllm client join' printed",
+                hint="copy the line that 'fedllm init' or 'fedllm client key' printed",
             ) from None
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ class SigningIdentity:
     def load(cls, path: Path) -> SigningIdentity:
         """Read an identity; refuse a missing file, another key type, or one that others can read."""
         if not path.is_file():
-            raise NotFound(f"no private key at {path}", hint="create it with 'fedllm init' or 'fedllm client join'")
+            raise NotFound(f"no private key at {path}", hint="create it with 'fedllm init' or 'fedllm client key'")
         if path.stat().st_mode & 0o077:
             raise AuthenticationError(
                 f"{path} can be read by others (mode {path.stat().st_mode & 0o777:o}, 600 needed)",

@@ -19,6 +19,8 @@ import cbor2
 from fedllm.errors import DecodeError
 
 T = TypeVar("T")
+_UNREADABLE = (cbor2.CBORDecodeError, ArithmeticError, RecursionError, MemoryError, ValueError, TypeError)
+"""What hostile bytes can make the CBOR library raise: decimal tags overflow, nesting exhausts the stack."""
 MAX_BYTES = 1 << 31
 """No single message may be larger; vectors travel in chunks far below this."""
 
@@ -49,7 +51,7 @@ def decode(cls: type[T], data: bytes) -> T:
         raise DecodeError(f"{cls.__name__}: {len(data)} bytes, at most {MAX_BYTES} allowed")
     try:
         plain = cbor2.loads(data)
-    except (cbor2.CBORDecodeError, RecursionError, MemoryError, ValueError, TypeError) as error:
+    except _UNREADABLE as error:
         raise DecodeError(f"{cls.__name__}: not CBOR ({type(error).__name__})") from None
     value = _typed(cls, plain, cls.__name__)
     if encode(value) != data:
@@ -156,7 +158,7 @@ def peek_int(data: bytes, field: str) -> int:
     """
     try:
         plain = cbor2.loads(data)
-    except (cbor2.CBORDecodeError, RecursionError, MemoryError, ValueError, TypeError) as error:
+    except _UNREADABLE as error:
         raise DecodeError(f"not CBOR ({type(error).__name__})") from None
     value = plain.get(field) if isinstance(plain, dict) else None
     if type(value) is not int:

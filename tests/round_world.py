@@ -136,6 +136,7 @@ class Agent:
 
     def _on_Evaluate(self, body: Evaluate) -> Body:  # noqa: N802
         self._candidate = AdapterState.from_bytes(self._plan.spec, body.candidate)
+        self.machines[PURPOSE_EVALUATION].bind(bytes.fromhex(self._candidate.digest))
         return Scoring(1.0)
 
     def _on_FetchScores(self, _body: FetchScores) -> Body:  # noqa: N802

@@ -229,7 +229,7 @@ def policy_set(
     home: Path = HOME,
     reason: str = typer.Option("changed by the owner", help="Goes into the ledger with a changed budget."),
 ) -> None:
-    """Change one limit; a changed budget is also a signed entry of the ledger. Restart the daemon afterwards."""
+    """Change one limit; a changed budget is also a signed entry of the ledger."""
     from fedllm.client.policy import OwnerPolicy
 
     before = OwnerPolicy.load(home / POLICY_FILE)
@@ -239,9 +239,11 @@ def policy_set(
             f"the ledger counts at delta {before.delta:g} and cannot change to {changed.delta:g}",
             hint="one ledger has one delta",
         )
-    if limit(home, changed.limit_epsilon, reason=reason):
-        say("the changed budget is a signed line of the ledger; what was spent stays spent")
+    recorded = limit(home, changed.limit_epsilon, reason=reason)
     with drafts(home) as scratch:
         changed.save(scratch / POLICY_FILE)
-    say("a running daemon keeps the old limits until it is started again")
+    if recorded:
+        say("the changed budget is a signed line of the ledger and holds at once; what was spent stays spent")
+    else:
+        say("a running daemon keeps the old limit until it is started again")
     print_line(f"{name} = {exact(changed.to_table()[name])}")

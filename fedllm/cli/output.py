@@ -54,7 +54,8 @@ def print_table(
         table.add_column(column, justify="right" if numeric else "left", no_wrap=index == 0)
     for row in body:
         table.add_row(*(Text(cell) for cell in row))
-    console.print(table, width=None if console.is_terminal else _UNBROKEN)
+    target = console if console.is_terminal else Console(file=console.file, width=_UNBROKEN, highlight=False)
+    target.print(table)
 
 
 def print_error(error: FedllmError) -> None:

@@ -22,7 +22,7 @@ from fedllm.errors import ConfigError
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
 from fedllm.ids import FederationName, OwnerId, check_name
 from fedllm.privacy.ledger import Ledger
-from fedllm.relay.node import owner_processes
+from fedllm.relay.node import owner_processes, programs_dir
 from fedllm.relay.processes import Supervised
 from fedllm.relay.service import serve_deliver
 from fedllm.rng import OsRng
@@ -129,7 +129,7 @@ async def _serve(settings: ClientSettings, clock: Clock) -> None:
             await stopping
         finally:
             await asyncio.gather(*(asyncio.to_thread(process.terminate) for process in relay))
-            await asyncio.gather(*keeping)
+            await asyncio.gather(*keeping, return_exceptions=True)
             await server.stop()
             await daemon.close()
     finally:
@@ -153,7 +153,7 @@ def _relay_processes(settings: ClientSettings, isolation: Isolation) -> tuple[Su
     def confine(command: list[str]) -> list[str]:
         if isolation.kind != "landlock":
             return command
-        return confined(command, read=python_reads(), write=[run_dir])
+        return confined(command, read=[*python_reads(), programs_dir(run_dir)], write=[run_dir])
 
     if isolation.kind != "landlock":
         telemetry.event(_LOG, "relay not isolated", level=logging.WARNING, why=isolation.why)

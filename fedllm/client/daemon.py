@@ -24,6 +24,7 @@ from fedllm.client.trainer import Trainer
 from fedllm.clock import Clock
 from fedllm.errors import (
     AuthenticationError,
+    BudgetExhausted,
     DigestMismatch,
     FedllmError,
     PolicyRefused,
@@ -240,7 +241,7 @@ class Daemon:
             return Started(self._last_train_s)
         check_plan(
             plan, self._policy, roster=self._roster, base=self._trainer.base, owner=self._owner,
-            last_round=self._accepted.of(plan.federation),
+            last_round=max(self._accepted.of(plan.federation), self._charged(plan.federation)),
         )  # fmt: skip
         head = open_head(plan, body.head)
         sums = OwnerSums(plan, self._owner, identity=self._identity, roster=self._roster, rng=self._rng)
@@ -256,6 +257,11 @@ class Daemon:
         )  # fmt: skip
         telemetry.event(_LOG, "round accepted", federation=plan.federation, round=plan.round, plan=plan.digest[:16])
         return Started(self._last_train_s)
+
+    def _charged(self, federation: str) -> int:
+        """Return the last round the ledger was charged for: a charged round is never trained a second time."""
+        mine = (r.round_number for r in self._ledger.reservations() if r.federation == federation)
+        return max(mine, default=0)
 
     async def _close(self, envelope: Envelope, body: Close) -> Body:
         if self._round is not None and self._round.plan.round == envelope.round:
@@ -283,6 +289,8 @@ class Daemon:
             _LOG, "refused", level=logging.WARNING, kind=envelope.kind, round=envelope.round, code=error.code,
             why=error.message,
         )  # fmt: skip
+        if isinstance(error, BudgetExhausted):
+            return Refused(error.code, "this owner's privacy budget does not cover the round", None)
         if isinstance(error, _TELLABLE):
             return Refused(error.code, error.message, error.hint)
         return Refused(error.code, "this owner could not do it; its own log says why", None)

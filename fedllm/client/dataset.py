@@ -189,6 +189,13 @@ def open_dataset(folder: Path, tokenizer: Tokenizer, *, max_tokens: int) -> Data
                 f"{report.name} has no usable record: {report.too_long} over {max_tokens} tokens",
                 hint="add records, or raise max_tokens with the federation's operator",
             )
+    both = set(train.examples) & set(heldout.examples)
+    if both:
+        # Held-out scores leave without noise: a record in both files would be trained under epsilon and leak past it.
+        raise DataError(
+            f"{len(both)} records are in both {_FILES[0]} and {_FILES[1]}, none may be",
+            hint="held-out records must not be trained on; remove them from one of the files",
+        )
     return Dataset(train.examples, heldout.examples, digest(folder))
 
 

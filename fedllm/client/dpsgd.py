@@ -11,6 +11,7 @@ the last bits of bfloat16 activations, before clipping, and is not part of the s
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,16 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedllm import telemetry
 from fedllm.client.dataset import Example
 from fedllm.client.model import LoraModel
 from fedllm.client.trainer import Progress
-from fedllm.errors import NonFiniteUpdate
 from fedllm.messages.plan import Mechanism, Recipe
 from fedllm.privacy.clip import SLACK
 from fedllm.privacy.noise import GaussianGrid
 from fedllm.rng import Rng, uniform_floats
 
 F64 = NDArray[np.float64]
+_LOG = logging.getLogger(__name__)
 
 
 def train_private(
@@ -63,8 +65,6 @@ def train_private(
 
     Raises
     ------
-    NonFiniteUpdate
-        If a record's gradient is not finite. No step is taken with it.
     ConfigError
         If the noise grid is too coarse for the clip norm, see `GaussianGrid.check`.
     """
@@ -109,11 +109,13 @@ def clipped_sum(
     for start in range(0, len(ordered), microbatch):
         gradients = record_gradients(model, upper, parameters, ordered[start : start + microbatch])
         norms = np.linalg.norm(gradients, axis=1)
-        if not np.isfinite(norms).all():
-            raise NonFiniteUpdate(
-                f"{int((~np.isfinite(norms)).sum())} of {len(norms)} record gradients are not finite",
-                hint="lower the learning rate; if it is the first step, check the data",
-            )
+        bad = ~np.isfinite(norms)
+        if bad.any():
+            # A refusal here would be a noiseless bit about a record, outside epsilon: an overflowing record adds
+            # nothing to the sum, as if it had not been sampled, and only this owner's log counts it.
+            telemetry.event(_LOG, "record gradients not finite", level=logging.WARNING, records=int(bad.sum()))
+            gradients[bad] = 0.0
+            norms[bad] = 0.0
         factors = np.minimum(1.0, clip_norm * (1 - SLACK) / np.maximum(norms, np.finfo(np.float64).tiny))
         total += factors @ gradients
     return total

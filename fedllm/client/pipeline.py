@@ -17,7 +17,7 @@ from fedllm.aggregation.secagg.owner import SecAggOwner
 from fedllm.aggregation.vector import OwnerScores, ScoreVector, UpdateTail, UpdateVector
 from fedllm.errors import NonFiniteUpdate, ProtocolError, StepMismatch
 from fedllm.identity import Roster, SigningIdentity
-from fedllm.ids import OwnerId
+from fedllm.ids import Digest, OwnerId
 from fedllm.messages.plan import RoundPlan
 from fedllm.messages.secagg import (
     PURPOSE_EVALUATION,
@@ -168,6 +168,10 @@ class OwnerSums:
         if self._scores is None:  # rounding is random: what is masked twice must have been encoded once
             self._scores = score_codec(self._plan).encode(scores, self._rng)
         return self._sums[PURPOSE_EVALUATION].mask(self._delivery, self._scores)
+
+    def bind_candidate(self, candidate: Digest) -> None:
+        """Bind the scores to the adapter they are of: owners shown different ones do not open a sum."""
+        self._of(PURPOSE_EVALUATION).bind(bytes.fromhex(candidate))
 
     def confirm(self, purpose: str, survivors: Sequence[OwnerId]) -> SurvivorSignature:
         """Sign the survivor set of one sum."""

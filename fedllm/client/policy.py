@@ -23,6 +23,13 @@ LEAST_SURVIVORS = 3
 _SECTION = "policy"
 
 
+_LEAST_NOISE, _MOST_NOISE = 0.2, 1e4
+_LEAST_SAMPLE = 1.0
+_LEAST_CLIP = 1e-6
+_MOST_RATE = 1e4
+_MOST_BATCH = 4096
+
+
 @dataclass(frozen=True)
 class OwnerPolicy:
     """The limits of one owner, kept in ``policy.toml`` and changed only by its own people.
@@ -40,6 +47,9 @@ class OwnerPolicy:
         Fewer owners in a round, or in an opened sum, are refused; never under 3 survivors.
     max_rank, max_tokens, max_local_steps : int
         Bounds of what a plan may make this machine do.
+    max_size_ratio : float
+        Largest over smallest declared size in a cohort: a plan that weighs the others to nothing would open one
+        owner's update as a "sum".
     """
 
     max_epsilon: float
@@ -52,6 +62,7 @@ class OwnerPolicy:
     max_rank: int = 64
     max_tokens: int = 4096
     max_local_steps: int = 1000
+    max_size_ratio: float = 20.0
 
     def __post_init__(self) -> None:
         """Refuse limits that limit nothing."""
@@ -167,6 +178,7 @@ def check_plan(
     _check_cohort(plan, policy, roster, owner)
     _check_base(plan, policy, base)
     _check_privacy(plan, policy)
+    _check_weights(plan, policy)
     _check_work(plan, policy)
 
 
@@ -213,12 +225,40 @@ def _check_privacy(plan: RoundPlan, policy: OwnerPolicy) -> None:
                 hint="fedllm client policy set allow_without_dp true, if this owner's people agree",
             )
         return
+    # Numbers beyond these cost the accountant minutes, or make rounds that train nothing and still score.
+    if not _LEAST_NOISE <= mechanism.noise_multiplier <= _MOST_NOISE:
+        raise PolicyRefused(
+            f"the plan's noise multiplier is {mechanism.noise_multiplier:g}, {_LEAST_NOISE} to {_MOST_NOISE:g} allowed"
+        )
+    if mechanism.sample_rate * min(plan.declared_records.values()) < _LEAST_SAMPLE:
+        raise PolicyRefused(
+            f"the plan samples {mechanism.sample_rate:g} of each owner's records: at least {_LEAST_SAMPLE} expected"
+        )
+    if not _LEAST_CLIP <= mechanism.clip_norm <= 1 / _LEAST_CLIP:
+        raise PolicyRefused(f"the plan's clip norm is {mechanism.clip_norm:g}, {_LEAST_CLIP:g} to {1 / _LEAST_CLIP:g}")
     if mechanism.delta > policy.delta:
         raise PolicyRefused(f"the plan's delta is {mechanism.delta:g}, at most {policy.delta:g} allowed")
     if mechanism.steps != plan.recipe.steps:
         raise PolicyRefused(
             f"the plan charges {mechanism.steps} noisy steps and trains {plan.recipe.steps}; the two must be equal"
         )
+
+
+def _check_weights(plan: RoundPlan, policy: OwnerPolicy) -> None:
+    """Refuse weights and sizes by which one owner's update would be all there is in the sum."""
+    declared = plan.declared_records
+    largest, smallest = max(declared.values()), min(declared.values())
+    if largest > policy.max_size_ratio * smallest:
+        raise PolicyRefused(
+            f"the plan's declared sizes run from {smallest} to {largest}, "
+            f"a ratio of at most {policy.max_size_ratio:g} is allowed",
+            hint="fedllm client policy set max_size_ratio, if the sizes are true",
+        )
+    if plan.mechanism.kind == "none":
+        if plan.weights is not None:
+            raise PolicyRefused("the plan sets weights; without DP each owner weighs by its own masked count")
+    elif plan.weights != {owner: count / largest for owner, count in declared.items()}:
+        raise PolicyRefused("the plan's weights are not the declared sizes over the largest declared size")
 
 
 def _check_work(plan: RoundPlan, policy: OwnerPolicy) -> None:
@@ -230,12 +270,18 @@ def _check_work(plan: RoundPlan, policy: OwnerPolicy) -> None:
         ("rank", plan.spec.rank, policy.max_rank),
         ("max_tokens", recipe.max_tokens, policy.max_tokens),
         ("steps", recipe.steps, policy.max_local_steps),
+        ("alpha", plan.spec.alpha, 4 * policy.max_rank),
+        ("microbatch", recipe.microbatch, _MOST_BATCH),
+        ("batch_size", recipe.batch_size, _MOST_BATCH),
     )
     for name, found, most in bounds:
         if not 1 <= found <= most:
             raise PolicyRefused(f"the plan's {name} is {found}, 1 to {most} allowed")
-    if not recipe.learning_rate > 0:
-        raise PolicyRefused(f"the plan's learning rate is {recipe.learning_rate:g}, a positive one is needed")
+    if not 0 < recipe.learning_rate <= _MOST_RATE:
+        raise PolicyRefused(f"the plan's learning rate is {recipe.learning_rate:g}, up to {_MOST_RATE:g} allowed")
+    wanted = ("adamw", "sgd") if plan.mechanism.kind == "none" else ("sgd",)
+    if recipe.optimizer not in wanted:
+        raise PolicyRefused(f"the plan's optimizer is {recipe.optimizer!r}, {' or '.join(wanted)} allowed")
 
 
 def open_head(plan: RoundPlan, data: bytes) -> AdapterState:

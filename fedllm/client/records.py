@@ -108,6 +108,11 @@ class LastAccepted:
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(self._path)
+            folder = os.open(self._path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)  # without it a power cut could undo the rename, and the round be accepted twice
+            finally:
+                os.close(folder)
         except OSError as error:
             draft.unlink(missing_ok=True)
             raise _unwritable(self._path, error) from None

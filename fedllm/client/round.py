@@ -282,6 +282,7 @@ class OwnerRound:
             raise StepMismatch("another candidate was scored in this round, and one round scores one")
         if self._scoring is None:
             self._candidate = candidate.digest
+            self._sums.bind_candidate(candidate.digest)
             self._progress = _Progress("scoring", self._clock.monotonic(), 0, 2)
             self._scoring = self._worker.submit(self._score, candidate)
         return Scoring(0.0)

@@ -15,6 +15,11 @@ Confine = Callable[[list[str]], list[str]]
 """Wraps a command so that it runs with less access."""
 
 
+def programs_dir(run_dir: Path) -> Path:
+    """Return the folder of the programs that `owner_processes` installs: to be read, never written, by them."""
+    return run_dir.with_name(f"{run_dir.name}-bin")
+
+
 def owner_processes(
     run_dir: Path,
     *,
@@ -45,7 +50,8 @@ def owner_processes(
     scratch = run_dir / "tmp"
     scratch.mkdir(parents=True, exist_ok=True, mode=0o700)
     flower = flower_environment({**environ, "TMPDIR": str(scratch)}, run_dir)
-    programs, host = install(run_dir, sys.executable, flower_program(PROGRAM))
+    programs = programs_dir(run_dir)
+    host = install(programs, run_dir, sys.executable, flower_program(PROGRAM))
     flower["PATH"] = f"{programs}{os.pathsep}{flower['PATH']}"
     commands = {"app host": host, "supernode": supernode_command(superlink, port, daemon_socket)}
     return tuple(

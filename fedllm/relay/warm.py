@@ -27,19 +27,21 @@ _LARGEST = 1 << 16
 _OK = b"+"
 
 
-def install(run_dir: Path, python: str, program: str) -> tuple[Path, list[str]]:
-    """Write the launcher; return the folder to put first in ``PATH`` and the command of the host.
+def install(folder: Path, run_dir: Path, python: str, program: str) -> list[str]:
+    """Write the launcher into `folder`, which goes first in ``PATH``; return the command of the host.
 
-    Both run from a copy of this file in `run_dir`, which is all of fedllm that they need to read.
+    Both run from a copy of this file, which is all of fedllm that they need to read. The confined processes may
+    not write `folder`: what is written here at the next start must not be steered by a link of theirs.
 
     Parameters
     ----------
+    folder : Path
+        Where the program lies; read-only to what runs it.
     run_dir : Path
         The SuperNode's private folder.
     python, program : str
         Interpreter, and Flower's own program to fall back to.
     """
-    folder = run_dir / "bin"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     script = folder / "warm.py"
     script.write_bytes(Path(__file__).read_bytes())
@@ -47,7 +49,7 @@ def install(run_dir: Path, python: str, program: str) -> tuple[Path, list[str]]:
     command = [python, "-I", "-S", str(script), "launch", str(run_dir / SOCKET), program]
     launcher.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n', encoding="utf-8")
     launcher.chmod(0o700)
-    return folder, [python, str(script), "serve", str(run_dir / SOCKET)]
+    return [python, str(script), "serve", str(run_dir / SOCKET)]
 
 
 def launch(path: str, fallback: str, arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,18 +60,13 @@ def fedllm(*arguments: object) -> Said:
     return Said(exit_code, out.getvalue(), err.getvalue())
 
 
-def process(
-    *arguments: object,
-    first: str = "",
-    environ: Mapping[str, str] | None = None,
-    before: Callable[[], None] | None = None,
-) -> Said:
+def process(*arguments: object, first: str = "", before: Callable[[], None] | None = None) -> Said:
     """Run a command in a process of its own; `first` is Python that runs there before it."""
     program = f"{first}\nimport sys\nfrom fedllm.cli import main\nsys.argv[0] = 'fedllm'\nmain()"
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         capture_output=True, text=True, check=False, timeout=60, preexec_fn=before,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environ or {})},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return Said(done.returncode, done.stdout, done.stderr)
 

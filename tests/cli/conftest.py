@@ -43,18 +43,13 @@ class Scene:
         return self.root / "tenants.toml"
 
     def owner(self, name: str) -> Path:
-        """An owner's folder."""
+        """Return an owner's folder."""
         return self.root / name
 
     def join(self, owner: str, **changed: object) -> tuple[object, ...]:
         """Return the arguments with which an owner joins."""
-        options = {
-            "owner": owner,
-            "home": self.owner(owner),
-            "data": self.data.get(owner, self.root),
-            "base": self.base,
-            **changed,
-        }
+        data = self.data.get(owner, self.root)
+        options = {"owner": owner, "home": self.owner(owner), "data": data, "base": self.base, **changed}
         file = options.pop("file", self.join_file)
         return ("client", "join", file, *(part for k, v in options.items() for part in (f"--{k}", v)))
 
@@ -65,10 +60,9 @@ def _made(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, owners_data
     scene = Scene(tmp_path_factory.mktemp("scene"), tiny_base, owners_data)
     assert fedllm("init", scene.home, "--base", tiny_base, "--port", "1").exit_code == 0
     config = scene.home / "fedllm.toml"
-    text = config.read_text(encoding="utf-8")
-    config.write_text(
-        text.replace('alias = "acme/tools"\n', 'alias = "acme/tools"\nlast_layers = 2\n'), encoding="utf-8"
-    )
+    alias = 'alias = "acme/tools"\n'
+    text = config.read_text(encoding="utf-8").replace(alias, alias + "last_layers = 2\n")
+    config.write_text(text, encoding="utf-8")
     for owner in OWNERS:
         key = fedllm("client", "key", "--home", scene.owner(owner)).out.strip()
         assert fedllm("owner", "add", owner, key, "--records", 40, "--home", scene.home).exit_code == 0

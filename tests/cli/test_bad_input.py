@@ -46,60 +46,60 @@ def _another_key() -> str:
 
 
 def unknown_key(scene: Scene) -> tuple[object, ...]:
-    """A key of fedllm.toml is misspelt."""
+    """Misspell a key of fedllm.toml."""
     _rewrite(scene.home / "fedllm.toml", 'alias = "acme/tools"', 'alias = "acme/tools"\nlearning_rat = 1.0')
     return "coordinator", "check", "--home", scene.home
 
 
 def unknown_section(scene: Scene) -> tuple[object, ...]:
-    """A section of client.toml is misspelt."""
+    """Misspell a section of client.toml."""
     _rewrite(scene.owner("east") / "client.toml", "[client]", "[clint]")
     return "config", "show", scene.owner("east")
 
 
 def wrong_type(scene: Scene) -> tuple[object, ...]:
-    """A number is a word."""
+    """Write a word where a number belongs."""
     _rewrite(scene.home / "fedllm.toml", "port = 1\n", 'port = "many"\n')
     return "coordinator", "check", "--home", scene.home
 
 
 def not_toml(scene: Scene) -> tuple[object, ...]:
-    """The file is no TOML at all."""
+    """Write what is no TOML at all."""
     (scene.home / "fedllm.toml").write_text("[coordinator\n", encoding="utf-8")
     return "owner", "list", "--home", scene.home
 
 
 def other_base(scene: Scene) -> tuple[object, ...]:
-    """An owner joins with another base model than the federation's."""
+    """Join with another base model than the federation's."""
     return scene.join("east", base=_other_base(scene))
 
 
 def base_not_allowed(scene: Scene) -> tuple[object, ...]:
-    """The owner's own policy allows another base model."""
+    """Join with a policy that allows another base model."""
     _rewrite(scene.owner("east") / "policy.toml", 'allowed_bases = ["', 'allowed_bases = ["' + "0" * 64 + '"]\n#')
     return scene.join("east")
 
 
 def roster_has_another_key(scene: Scene) -> tuple[object, ...]:
-    """The roster pins another key under this owner's name."""
+    """Join with a key that the roster does not pin under this name."""
     (scene.owner("east") / "owner.pem").unlink()
     fedllm("client", "key", "--home", scene.owner("east"))
     return scene.join("east")
 
 
 def other_coordinator(scene: Scene) -> tuple[object, ...]:
-    """A later join file is of another coordinator than the one pinned."""
+    """Join again with a file of another coordinator than the one pinned."""
     return scene.join("east", file=_offer(scene, coordinator_key=_another_key()))
 
 
 def readable_key(scene: Scene) -> tuple[object, ...]:
-    """Everybody on the machine can read the operator's key."""
+    """Let everybody on the machine read the operator's key."""
     (scene.home / "coordinator.pem").chmod(0o644)
     return "owner", "join-file", "--home", scene.home
 
 
 def readable_owner_key(scene: Scene) -> tuple[object, ...]:
-    """The group can read an owner's key."""
+    """Let the group read an owner's key."""
     (scene.owner("east") / "owner.pem").chmod(0o640)
     return scene.join("east")
 
@@ -130,7 +130,7 @@ CASES: list[tuple[Breakage, int, str, str]] = [
     (lambda s: s.join("east", file=_offer(s, roster=None)), 2, "config", "missing key 'roster'"),
     (lambda s: s.join("east", file=_offer(s, roster=[])), 2, "config", "'roster' is a list"),
     (lambda s: s.join("east", file=_offer(s, extra=1)), 2, "config", "unknown key 'extra'"),
-    (lambda s: s.join("far"), 5, "not-found", "not in the roster"),
+    (lambda s: s.join("far", home=s.owner("east")), 5, "not-found", "not in the roster"),
     (lambda s: s.join("east", data=s.root / "none"), 5, "not-found", "train.jsonl"),
     (lambda s: s.join("east", base=s.root / "none"), 5, "not-found", "fedllm model pull"),
     (lambda s: s.join("east", **{"max-epsilon": -1}), 2, "config", "max_epsilon -1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_without_dp_there_is_no_limit_and_json_says_null(home: Path) -> None:
 
 def test_calibrate_prints_a_number_and_nothing_else() -> None:
     """The noise multiplier on stdout, no library's advice on stderr, not even for a hopeless budget."""
-    said = process("privacy", "calibrate", "--epsilon", 8, "--steps", 4, "--json")
+    said = process("privacy", "calibrate", "--epsilon", 2, "--delta", 0.01, "--steps", 1, "--sample-rate", 1, "--json")
     assert (said.exit_code, said.err) == (0, "")
     assert 0.5 < said.json()["noise_multiplier"] < 1.5
     rough = (
@@ -116,3 +117,16 @@ def test_tables_in_a_pipe_break_no_line(scene: Scene) -> None:
     """A key of 72 characters stays on one line, so that cut and grep work."""
     said = fedllm("owner", "list", "--home", scene.home)
     assert sum(line.count("ed25519:") == 1 and len(line.split()) == 3 for line in said.out.splitlines()) == 4
+
+
+def test_check_counts_and_prints_no_word_of_a_record(scene: Scene) -> None:
+    """Good data: numbers in a table or as JSON, and not one word that a record holds."""
+    home = scene.owner("east")
+    said = fedllm("client", "check", "--home", home)
+    found = fedllm("client", "check", "--home", home, "--json")
+    assert (said.exit_code, said.err, found.exit_code, found.err) == (0, "", 0, "")
+    assert [f["accepted"] for f in found.json()["files"]] == [40, 8]
+    text = (scene.data["east"] / "train.jsonl").read_text(encoding="utf-8")
+    words = set(re.findall(r"[a-z]{4,}", text)) - {"file"}  # a column of the table
+    assert not [word for word in words if word in said.out.lower().replace(str(scene.data["east"]), "")]
+    assert not [word for word in words if word in found.out]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,54 +41,83 @@ def daemon(scene: Scene, owner: str, *, base: str | None = None) -> Daemon:
     trainer = ToyTrainer(Digest(base or policy.allowed_bases[0]), OwnerId(owner))
     return Daemon(
         owner=OwnerId(owner), federation=FederationName("tools"), home=home, identity=identity,
-        roster=Roster.load(home / "roster.json"), coordinator=SigningIdentity.load(scene.home / "coordinator.pem").public,
+        roster=Roster.load(home / "roster.json"),
+        coordinator=SigningIdentity.load(scene.home / "coordinator.pem").public,
         policy=policy, trainer=trainer, clock=clock, rng=OsRng(), release="test",
         ledger=Ledger.open(home / "ledger.jsonl", identity, clock, dataset=trainer.dataset,
                            limit_epsilon=policy.limit_epsilon, delta=policy.delta),
     )  # fmt: skip
 
 
+class Owners:
+    """Four daemons behind sockets, served from a thread; what model they have loaded can be changed."""
+
+    def __init__(self, scene: Scene, folder: Path) -> None:
+        self.paths = {owner: folder / f"{owner}.sock" for owner in OWNERS}
+        self._scene = scene
+        self._loop = asyncio.new_event_loop()
+        self._daemons: dict[str, Daemon] = {}
+
+    def load(self, base: str | None) -> None:
+        """Start daemons anew, with their own base model (None) or another."""
+        self._daemons = {owner: daemon(self._scene, owner, base=base) for owner in OWNERS}
+
+    def _handle(self, owner: str) -> Callable[[bytes], Awaitable[bytes]]:
+        async def handle(data: bytes) -> bytes:
+            return await self._daemons[owner].handle(data)
+
+        return handle
+
+    @contextmanager
+    def served(self) -> Iterator[None]:
+        """Serve the sockets."""
+        servers: list[Any] = []
+
+        async def serve() -> None:
+            for owner, path in self.paths.items():
+                servers.append(await serve_deliver(path, self._handle(owner)))
+
+        async def stop() -> None:
+            for server in servers:
+                await server.stop(0)
+
+        thread = threading.Thread(target=self._loop.run_forever)
+        thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(serve(), self._loop).result(20)
+            yield
+        finally:
+            asyncio.run_coroutine_threadsafe(stop(), self._loop).result(20)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            thread.join(20)
+            self._loop.close()
+
+
 @contextmanager
-def running(scene: Scene, sockets: Path, *, base: str | None = None) -> Iterator[None]:
-    """Serve four daemons from a thread, and a coordinator from a process."""
-    port, _ = free_ports(2)
-    paths = {owner: sockets / f"{owner}.sock" for owner in OWNERS}
-    keys = "\n".join([
-        'transport = "local"', f"sockets = {{ {', '.join(f'{o} = {json.dumps(str(p))}' for o, p in paths.items())} }}",
-        "rank = 2", "noise_multiplier = 2.0", "learning_rate = 0.02", "gate_margin = 5.0", 'target_modules = ["q_proj"]',
-    ])  # fmt: skip
+def running(scene: Scene, owners: Owners) -> Iterator[None]:
+    """Run a coordinator process over the owners' sockets."""
+    (port,) = free_ports(1)
+    sockets = ", ".join(f"{owner} = {json.dumps(str(path))}" for owner, path in owners.paths.items())
+    keys = [
+        'transport = "local"', f"sockets = {{ {sockets} }}", "rank = 2", "noise_multiplier = 2.0",
+        "learning_rate = 0.02", "gate_margin = 5.0", 'target_modules = ["q_proj"]', "",
+    ]  # fmt: skip
     config = scene.home / "fedllm.toml"
     text = config.read_text(encoding="utf-8").replace("port = 1\n", f"port = {port}\n")
-    config.write_text(text.replace("last_layers = 2\n", f"last_layers = 2\n{keys}\n"), encoding="utf-8")
+    config.write_text(text.replace("last_layers = 2\n", "last_layers = 2\n" + "\n".join(keys)), encoding="utf-8")
     (scene.home / "operator.token").unlink()
-    loop, served = asyncio.new_event_loop(), []
-
-    async def serve() -> None:
-        for owner, path in paths.items():
-            served.append(await serve_deliver(path, daemon(scene, owner, base=base).handle))
-
-    async def stop() -> None:
-        for server in served:
-            await server.stop()
-
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
     command = [sys.executable, "-m", "fedllm", "coordinator", "start", "--home", str(scene.home)]
-    log = (scene.root / "coordinator.log").open("w")
-    try:
-        asyncio.run_coroutine_threadsafe(serve(), loop).result(20)
-        with log, subprocess.Popen(command, stderr=log) as child:
-            try:
-                _until_up(scene, child)
-                yield
-            finally:
-                child.send_signal(signal.SIGTERM)
-                assert child.wait(20) == 0
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(20)
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(20)
-        loop.close()
+    with (
+        owners.served(),
+        (scene.root / "coordinator.log").open("w") as log,
+        subprocess.Popen(command, stderr=log) as child,
+    ):
+        try:
+            _until_up(scene, child)
+            yield
+        finally:
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(20) == 0
 
 
 def _until_up(scene: Scene, child: subprocess.Popen[bytes]) -> None:
@@ -111,29 +140,42 @@ def sockets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("s")
 
 
-def test_rounds_until_the_budget_is_spent(scene: Scene, sockets: Path) -> None:
-    """One round passes, every command about it prints one JSON document; then the owners' budget ends it, exit 3."""
-    for owner in OWNERS:
-        assert fedllm("client", "policy", "set", "max_epsilon", 2.2, "--home", scene.owner(owner)).exit_code == 0
-    with running(scene, sockets):
+def test_rounds_refused_and_passed(scene: Scene, sockets: Path) -> None:
+    """Owners with another base refuse (exit 3); then a round passes; then their budget, just lowered, is spent."""
+    owners = Owners(scene, sockets)
+    owners.load("ab" * 32)
+    with running(scene, owners):
+        said = _run(scene)
+        assert said.exit_code == 3, said
+        assert "error[base-mismatch]: round 1 was aborted" in said.err
+        assert "the one loaded here is abababababababab" in said.err
+        assert [_ledger(scene, owner)["reservations"] for owner in OWNERS] == [0] * 4
+        owners.load(None)
         good = _run(scene, "--json")
         assert good.exit_code == 0, good
         assert [r["state"] for r in good.json()] == ["JUDGED"]
-        spent = fedllm("privacy", "show", "--home", scene.owner("east"), "--json").json()["epsilon"]
-        assert spent < 2.2
+        spent = _ledger(scene, "east")["epsilon"]
+        for owner in OWNERS:
+            set_limit = ("client", "policy", "set", "max_epsilon", 1.01 * spent, "--home", scene.owner(owner))
+            assert fedllm(*set_limit).exit_code == 0
         bad = _run(scene, "--json")
         assert bad.exit_code == 3, bad
         assert [r["code"] for r in bad.json()] == ["budget-exhausted"]
-        assert "error[budget-exhausted]: round 2 was aborted" in bad.err
-        assert fedllm("privacy", "show", "--home", scene.owner("east"), "--json").json()["epsilon"] == spent
+        assert "error[budget-exhausted]: round 3 was aborted" in bad.err
+        assert _ledger(scene, "east")["epsilon"] == spent
         _read_everything(scene)
+
+
+def _ledger(scene: Scene, owner: str) -> dict[str, Any]:
+    found: dict[str, Any] = fedllm("privacy", "show", "--home", scene.owner(owner), "--json").json()
+    return found
 
 
 def _read_everything(scene: Scene) -> None:
     at = ("--home", scene.home)
     version = fedllm("adapter", "list", *at, "--json").json()["versions"][0]
     assert fedllm("adapter", "show", version["name"], *at).json()["digest"] == version["digest"]
-    assert len(fedllm("round", "list", *at, "--json").json()) == 2
+    assert len(fedllm("round", "list", *at, "--json").json()) == 3
     assert fedllm("round", "show", 1, *at, "--json").json()["number"] == 1
     assert fedllm("adapter", "history", *at, "--json").json()[0]["new"] == version["digest"]
     assert fedllm("client", "audit", "--home", scene.owner("east"), "--json").json()
@@ -145,22 +187,11 @@ def _read_everything(scene: Scene) -> None:
     fedllm("adapter", "export", version["name"], out, *at).fails(2, "config", "not overwritten")
     fedllm("adapter", "show", "tools@v9", *at).fails(5, "not-found", "adapter list")
     fedllm("round", "show", 9, *at).fails(5, "not-found")
-    fedllm("round", "abort", 1, *at).fails(2, "config")
+    fedllm("round", "abort", 1, *at).fails(75, "not-ready", "not in progress")
     fedllm("adapter", "rollback", *at).fails(5, "not-found")
     token = scene.home / "operator.token"
     token.write_text("wrong\n", encoding="utf-8")
     fedllm("round", "list", *at).fails(4, "authentication", "operator.token")
-
-
-def test_owners_with_another_base_refuse(scene: Scene, sockets: Path) -> None:
-    """The owners' loaded model is another than the plan's: nobody trains, exit 3, and nothing is charged."""
-    with running(scene, sockets, base="ab" * 32):
-        said = _run(scene)
-    assert said.exit_code == 3, said
-    assert "error[base-mismatch]: round 1 was aborted" in said.err
-    assert "the one loaded here is abababababababab" in said.err
-    for owner in OWNERS:
-        assert fedllm("privacy", "show", "--home", scene.owner(owner), "--json").json()["reservations"] == 0
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class SecAggCoordinator:
         self._roster = roster
         self.faults: dict[OwnerId, str] = {}
         self._step = 0
+        self._subject = b""
         self._v1 = b""
         self._bundles: dict[OwnerId, KeyBundle] = {}
         self._commitments: dict[OwnerId, bytes] = {}
@@ -177,6 +178,10 @@ class SecAggCoordinator:
         self._step += 1
         return self._survivors
 
+    def bind(self, subject: bytes) -> None:
+        """Name what this sum is about; the owners bind the same, or their signatures do not verify."""
+        self._subject = subject
+
     def confirmed(self, signatures: Mapping[OwnerId, SurvivorSignature]) -> UnmaskRequest:
         """Return the request that opens the sum: U3 with at least t valid signatures over it.
 
@@ -187,7 +192,9 @@ class SecAggCoordinator:
         """
         self._turn("confirmed")
         t = self._terms
-        label, message = keys.survivors_message(t.ctx, self._v1, tuple(self._commitments), self._survivors)
+        label, message = keys.survivors_message(
+            t.ctx, self._v1, tuple(self._commitments), self._survivors, self._subject
+        )
         good: dict[OwnerId, SurvivorSignature] = {}
 
         def check(owner: OwnerId, signature: SurvivorSignature) -> None:

@@ -142,11 +142,15 @@ def check_distinct(bundles: Sequence[KeyBundle]) -> None:
 
 
 def survivors_message(
-    ctx: bytes, v1: bytes, sharers: Sequence[OwnerId], survivors: Sequence[OwnerId]
+    ctx: bytes, v1: bytes, sharers: Sequence[OwnerId], survivors: Sequence[OwnerId], subject: bytes = b""
 ) -> tuple[str, bytes]:
-    """Return context and bytes of the consistency signature: U3, and the U2 and V1 it was seen with."""
+    """Return context and bytes of the consistency signature: U3, and the U2 and V1 it was seen with.
+
+    `subject`, where a sum has one, is what the vectors are about: t owners must have been shown the same.
+    """
     seen = hashlib.sha256(framed(*sorted(sharers))).digest()
-    return _SURVIVORS, framed(ctx, v1, seen, hashlib.sha256(framed(*sorted(survivors))).digest())
+    parts = (ctx, v1, seen, hashlib.sha256(framed(*sorted(survivors))).digest())
+    return _SURVIVORS, framed(*parts, subject) if subject else framed(*parts)
 
 
 def _derive(secret: bytes, v1: bytes, info: bytes) -> bytes:

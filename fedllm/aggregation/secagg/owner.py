@@ -108,6 +108,19 @@ class SecAggOwner:
         self._asked: dict[str, Digest] = {}
         self._answers: dict[str, object] = {}
         self._closed = False
+        self._subject = b""
+
+    def bind(self, subject: bytes) -> None:
+        """Name what this sum is about, once, before `confirm`: it opens only if t owners were shown the same.
+
+        Raises
+        ------
+        StepMismatch
+            If another subject was bound, or survivors were confirmed already.
+        """
+        if self._subject not in (b"", subject) or ("confirm" in self._asked and self._subject != subject):
+            raise StepMismatch("this sum is about something else already")
+        self._subject = subject
 
     def __repr__(self) -> str:
         return f"SecAggOwner({self._owner!r}, {self._terms.purpose!r}, {len(self._asked)} steps done, secrets redacted)"
@@ -237,7 +250,7 @@ class SecAggOwner:
         t.check_set(survivors, self._sharers, what="survivors (U3)")
         if self._owner not in survivors:
             raise ProtocolError(f"the survivors (U3) do not name {self._owner!r}, who sent its masked vector")
-        label, message = keys.survivors_message(t.ctx, self._v1, self._sharers, survivors)
+        label, message = keys.survivors_message(t.ctx, self._v1, self._sharers, survivors, self._subject)
         return SurvivorSignature(self._owner, t.purpose, self._identity.sign(label, message))
 
     def unmask(self, request: UnmaskRequest) -> UnmaskShares:
@@ -264,7 +277,7 @@ class SecAggOwner:
             raise ProtocolError("consistency signatures are not from distinct survivors")
         if len(signers) < t.threshold:
             raise ProtocolError(f"{len(signers)} consistency signatures, at least {t.threshold} are needed")
-        label, message = keys.survivors_message(t.ctx, self._v1, self._sharers, request.survivors)
+        label, message = keys.survivors_message(t.ctx, self._v1, self._sharers, request.survivors, self._subject)
         for signature in request.signatures:
             self._check_purpose(signature.purpose)
             try:

@@ -115,6 +115,8 @@ class RoundContext:
     def measures(self) -> dict[str, Any]:
         """Return what was measured so far: seconds by phase, bytes by owner, faults by code; no content."""
         wall_s = self.clock.now() - self.started
+        found = {**self.update.faults, **self.evaluation.faults}
+        faults = [*self.roll.faults, *(Fault(owner, "protocol", why) for owner, why in sorted(found.items()))]
         return {
             "timings": self.phase_s,
             "bytes_up": self.roll.traffic.up,
@@ -124,7 +126,7 @@ class RoundContext:
             "overhead_s": wall_s - self.train_s,
             "published": self.published,
             "survivors": self.survivors,
-            "faults": [{"owner": f.owner, "code": f.code, "message": f.message} for f in self.roll.faults],
+            "faults": [{"owner": f.owner, "code": f.code, "message": f.message} for f in faults],
             "refusals": {o: {"code": r.code, "message": r.message} for o, r in self.refusals.items()},
         }
 

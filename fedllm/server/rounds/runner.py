@@ -278,6 +278,8 @@ def _update_vector(plan: RoundPlan) -> UpdateVector:
 
 
 def _common_code(context: RoundContext) -> str | None:
-    """Return the error code that all refusing owners gave, so that a spent budget exits as one."""
+    """Return the code that all refusing owners gave, if their refusals alone explain the abort."""
+    if len(context.plan.cohort) - len(context.refusals) >= context.quorum:
+        return None
     codes = {refusal.code for refusal in context.refusals.values()}
     return codes.pop() if len(codes) == 1 else None

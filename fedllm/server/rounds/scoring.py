@@ -42,6 +42,7 @@ async def score(context: RoundContext, candidate: AdapterState, owners: Sequence
         deadline_s=plan.train_deadline_s,
     )
     survivors = machine.masked({})
+    machine.bind(bytes.fromhex(candidate.digest))
     request = await confirm(context, machine, PURPOSE_EVALUATION, survivors)
     total = await unmask(context, machine, request)
     return ScoreVector(len(plan.cohort)).decode(total, len(survivors))
