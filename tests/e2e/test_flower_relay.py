@@ -17,7 +17,7 @@ import pytest
 from fedllm.client.sandbox import confined, probe, python_reads
 from fedllm.clock import SystemClock
 from fedllm.relay.flower import FlowerCarrier
-from fedllm.relay.node import owner_processes
+from fedllm.relay.node import owner_processes, programs_dir
 from fedllm.relay.processes import Supervised
 from fedllm.relay.service import EnvelopeServer, serve_deliver
 from fedllm.relay.tether import descendants
@@ -81,7 +81,7 @@ class Setting:
         def confine(command: list[str]) -> list[str]:
             if probe().kind != "landlock":
                 return command
-            return confined(command, read=python_reads(), write=[home / "flower"])
+            return confined(command, read=[*python_reads(), programs_dir(home / "flower")], write=[home / "flower"])
 
         return owner_processes(
             home / "flower",

@@ -70,6 +70,17 @@ def test_random_bytes_never_do_anything_but_raise_decode_error(data: bytes) -> N
         wire.decode(Outer, data)
 
 
+@pytest.mark.parametrize(
+    "data", ["c4821b7fffffffffffffff1b7fffffffffffffff", "c5821b7fffffffffffffff01", "c48201f97e00"]
+)
+def test_tags_that_make_the_library_overflow_are_decode_errors(data: str) -> None:
+    """Decimal and bigfloat tags raise ArithmeticError inside a CBOR library: forty bytes must not end a process."""
+    with pytest.raises(DecodeError):
+        wire.decode(Outer, bytes.fromhex(data))
+    with pytest.raises(DecodeError):
+        wire.peek_int(bytes.fromhex(data), "version")
+
+
 def test_non_canonical_forms_are_refused() -> None:
     """A long integer, an unsorted map and an indefinite array are other bytes for the same value: refused."""
     canonical = wire.encode(Inner("a", b"b"))

@@ -113,6 +113,7 @@ class Federation:
         total = await self._open(update, "update", there, vectors)
         await self.each(there, Evaluate(HEAD.to_bytes()), Scoring)
         vectors = {o: r.vector for o, r in (await self.each(there, FetchScores(), Masked)).items()}
+        scores.bind(bytes.fromhex(HEAD.digest))
         scored = await self._open(scores, "evaluation", there, vectors)
         await self.each(there, Close("judged", None), Closed)
         return update_codec_.decode(total, len(there)), scores_codec.decode(scored, len(there))

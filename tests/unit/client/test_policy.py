@@ -65,6 +65,17 @@ REFUSALS: list[tuple[str, dict[str, Any], type[FedllmError], tuple[str, ...]]] =
     ("tokens", {"policy": dataclasses.replace(POLICY, max_tokens=100)}, PolicyRefused, ("max_tokens is 160",)),
     ("steps", {"policy": dataclasses.replace(POLICY, max_local_steps=1)}, PolicyRefused, ("steps is 2",)),
     ("rate", {"recipe": dataclasses.replace(RECIPE, learning_rate=-1.0)}, PolicyRefused, ("learning rate is -1",)),
+    ("wild rate", {"recipe": dataclasses.replace(RECIPE, learning_rate=1e300)}, PolicyRefused, ("1e+300",)),
+    ("negative microbatch", {"recipe": dataclasses.replace(RECIPE, microbatch=-1)}, PolicyRefused, ("microbatch is -1",)),
+    ("adamw under dp", {"recipe": dataclasses.replace(RECIPE, optimizer="adamw")}, PolicyRefused, ("'adamw'",)),
+    ("all weight on one", {"weights": {"east": 1.0, "north": 1e-9, "south": 1e-9, "west": 1e-9}}, PolicyRefused,
+     ("weights",)),
+    ("all size on one", {"declared_records": {"east": 10**9, "north": 40, "south": 40, "west": 40},
+                         "weights": {"east": 1.0, "north": 4e-8, "south": 4e-8, "west": 4e-8}}, PolicyRefused,
+     ("1000000000",)),
+    ("samples nobody", {"mechanism": dataclasses.replace(DP, sample_rate=1e-300)}, PolicyRefused, ("1e-300",)),
+    ("costly noise", {"mechanism": dataclasses.replace(DP, noise_multiplier=0.01)}, PolicyRefused, ("0.01",)),
+    ("denormal clip", {"mechanism": dataclasses.replace(DP, clip_norm=1e-300)}, PolicyRefused, ("1e-300",)),
 ]  # fmt: skip
 
 

@@ -36,8 +36,9 @@ def fallback(tmp_path: Path) -> Path:
 @pytest.fixture
 def launcher(tmp_path: Path, fallback: Path) -> Path:
     """Return the launcher that lies first in the SuperNode's PATH."""
-    folder, _ = warm.install(tmp_path / "run", sys.executable, str(fallback))
-    return folder / warm.PROGRAM
+    (tmp_path / "run").mkdir(exist_ok=True)
+    warm.install(tmp_path / "bin", tmp_path / "run", sys.executable, str(fallback))
+    return tmp_path / "bin" / warm.PROGRAM
 
 
 @pytest.fixture

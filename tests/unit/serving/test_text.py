@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedllm.serving.engine import RequestInvalid
+from fedllm.errors import RequestInvalid
 from fedllm.serving.text import StopFilter, TextCodec
 
 
