@@ -288,6 +288,23 @@ def test_a_replayed_begin_is_refused_after_a_restart(tmp_path: Path) -> None:
     assert isinstance(following, Started)
 
 
+def test_a_charged_round_is_never_trained_twice_on_one_charge(tmp_path: Path) -> None:
+    """If a power cut undid the record of accepted rounds, the ledger still knows which rounds were charged."""
+
+    async def scenario() -> list[Body]:
+        request = sealed(begin(plan()), "north")
+        first = await daemon("north", tmp_path).handle(request)
+        (lost,) = tmp_path.rglob("accepted.json")
+        lost.unlink()
+        again = await daemon("north", tmp_path).handle(request)
+        return [opened(r, "north") for r in (first, again)]
+
+    first, again = asyncio.run(scenario())
+    assert isinstance(first, Started)
+    assert isinstance(again, Refused)
+    assert again.code == "step-mismatch"
+
+
 def test_a_newer_begin_replaces_an_unfinished_round(tmp_path: Path) -> None:
     """One round at a time: the old one's secrets are closed and it is written down as replaced."""
     federation = Federation(tmp_path)

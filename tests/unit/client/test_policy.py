@@ -66,7 +66,7 @@ REFUSALS: list[tuple[str, dict[str, Any], type[FedllmError], tuple[str, ...]]] =
     ("steps", {"policy": dataclasses.replace(POLICY, max_local_steps=1)}, PolicyRefused, ("steps is 2",)),
     ("rate", {"recipe": dataclasses.replace(RECIPE, learning_rate=-1.0)}, PolicyRefused, ("learning rate is -1",)),
     ("wild rate", {"recipe": dataclasses.replace(RECIPE, learning_rate=1e300)}, PolicyRefused, ("1e+300",)),
-    ("negative microbatch", {"recipe": dataclasses.replace(RECIPE, microbatch=-1)}, PolicyRefused, ("microbatch is -1",)),
+    ("negative microbatch", {"recipe": dataclasses.replace(RECIPE, microbatch=-1)}, PolicyRefused, ("microbatch",)),
     ("adamw under dp", {"recipe": dataclasses.replace(RECIPE, optimizer="adamw")}, PolicyRefused, ("'adamw'",)),
     ("all weight on one", {"weights": {"east": 1.0, "north": 1e-9, "south": 1e-9, "west": 1e-9}}, PolicyRefused,
      ("weights",)),
