@@ -288,14 +288,18 @@ def test_a_replayed_begin_is_refused_after_a_restart(tmp_path: Path) -> None:
     assert isinstance(following, Started)
 
 
+def _lose_accepted(home: Path) -> None:
+    (lost,) = home.rglob("accepted.json")
+    lost.unlink()
+
+
 def test_a_charged_round_is_never_trained_twice_on_one_charge(tmp_path: Path) -> None:
     """If a power cut undid the record of accepted rounds, the ledger still knows which rounds were charged."""
 
     async def scenario() -> list[Body]:
         request = sealed(begin(plan()), "north")
         first = await daemon("north", tmp_path).handle(request)
-        (lost,) = tmp_path.rglob("accepted.json")
-        lost.unlink()
+        _lose_accepted(tmp_path)
         again = await daemon("north", tmp_path).handle(request)
         return [opened(r, "north") for r in (first, again)]
 

@@ -141,3 +141,11 @@ def test_an_example_does_not_print_its_tokens(tmp_path: Path) -> None:
     """Token ids are the text."""
     (example,) = read(write(tmp_path / "t.jsonl", {"text": "abc"}), Letters(), max_tokens=9).examples
     assert repr(example) == "Example(4 tokens)"
+
+
+def test_a_record_that_is_trained_on_and_held_out_is_refused(tmp_path: Path) -> None:
+    """Held-out scores leave without noise: a record in both files would leak past its epsilon."""
+    write(tmp_path / "train.jsonl", {"text": "one"}, {"text": "two"})
+    write(tmp_path / "heldout.jsonl", {"text": "two"})
+    with pytest.raises(DataError, match=r"1 records are in both train\.jsonl and heldout\.jsonl"):
+        open_dataset(tmp_path, Letters(), max_tokens=100)
