@@ -66,9 +66,10 @@ def print_report(report: DemoReport, console: Console) -> None:
         console.print(
             f"privacy: ε = {claim.epsilon:.2f} per {claim.unit} (add-or-remove-one) at δ = {claim.delta:g}, "
             "worst owner, all rounds;\n"
-            "         covers training records. Held-out scores leave only as masked sums, outside ε.\n"
-            "         An owner may do better alone at home: the table says where."
+            "         covers training records. Held-out scores leave only as masked sums, outside ε."
         )
+    if any(loss.alone_home is not None for loss in report.heldout_loss.values()):
+        console.print("an owner may do better alone at home: the table says where")
     console.print(_facts_table(report))
     console.print(f"\nasked: {report.example['prompt']}", markup=False)
     console.print(f"before: {report.example['before']}", markup=False)
