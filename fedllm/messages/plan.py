@@ -22,8 +22,6 @@ NONCE_BYTES = 32
 
 UNIT_RECORD = "record"
 """Privacy unit: one training record."""
-UNIT_OWNER = "owner"
-"""Privacy unit: everything one owner holds. Planned; no mechanism implements it yet."""
 RELATION_ADD_REMOVE = "add-or-remove-one"
 """Neighbouring data sets differ by adding or removing one unit."""
 

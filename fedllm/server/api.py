@@ -242,7 +242,8 @@ def round_json(state: ApiState, record: RoundRecord) -> dict[str, Any]:
         "cohort": list(plan.cohort),
         "threshold": plan.threshold,
         "method": plan.method,
-        "secagg": True,  # there is no other way through the round loop
+        # a version was made, and at least the threshold of owners put a masked vector into its sum
+        "secagg": record.version is not None and measures.get("survivors", 0) >= plan.threshold,
         "mechanism": vars(plan.mechanism),
         "survivors": measures.get("survivors", 0),
         "timings": measures.get("timings", {}),
