@@ -16,7 +16,7 @@ from fedllm.errors import VersionUnsupported
 from fedllm.identity import SigningIdentity, VerifyKey
 from fedllm.ids import Digest, OwnerId, RoundNumber, sha256
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PLAN_CONTEXT = "fedllm/1/plan"
 NONCE_BYTES = 32
 
@@ -145,12 +145,18 @@ class RoundPlan:
     ----------
     version : int
         Wire version; owners refuse any but `PLAN_VERSION`.
-    federation, round, nonce
-        Which round; the nonce (32 bytes) makes a retried round a new one.
+    federation, round, attempt, nonce
+        Which round, and which try at its sum, from 1 on: a failed attempt is tried again on the same updates,
+        under a fresh nonce (32 bytes), so that no key of it is used twice.
     cohort : tuple[OwnerId, ...]
         Owners asked, sorted.
     threshold : int
-        Shamir threshold t; owners recompute and enforce ``floor(2n/3) + 1``.
+        Shamir threshold t of the holders of one owner's shares; owners recompute and enforce it
+        (`fedllm.aggregation.secagg.graph`).
+    neighbours : int
+        Peers k that each owner deals shares to: n - 1 on the complete graph.
+    corruption, dropout : float
+        Shares of the cohort that may collude with the coordinator, and that may drop out, for which k and t hold.
     min_survivors : int
         Fewer never publish a sum.
     roster : Digest
@@ -179,9 +185,13 @@ class RoundPlan:
     version: int
     federation: str
     round: RoundNumber
+    attempt: int
     nonce: bytes
     cohort: tuple[OwnerId, ...]
     threshold: int
+    neighbours: int
+    corruption: float
+    dropout: float
     min_survivors: int
     roster: Digest
     spec: AdapterSpec
@@ -201,8 +211,12 @@ class RoundPlan:
         """Refuse plans no honest coordinator makes."""
         if len(self.nonce) != NONCE_BYTES:
             raise ValueError(f"plan nonce has {len(self.nonce)} bytes, {NONCE_BYTES} needed")
+        if self.attempt < 1:
+            raise ValueError(f"attempt {self.attempt}: attempts count from 1")
         if list(self.cohort) != sorted(set(self.cohort)):
             raise ValueError("cohort must be sorted and unique")
+        if not (0 <= self.corruption < 1 and 0 <= self.dropout < 1):
+            raise ValueError("corruption and dropout are shares of the cohort, in [0, 1)")
         if self.weights is not None and (
             set(self.weights) != set(self.cohort) or not all(0 < w <= 1 for w in self.weights.values())
         ):
@@ -221,6 +235,13 @@ class RoundPlan:
     def digest(self) -> Digest:
         """H(plan), bound into every key derivation of the round."""
         return sha256(self.encoded)
+
+    def training(self) -> tuple[object, ...]:
+        """Return what decides how one round is trained: plans of several attempts at one sum agree in it."""
+        return (
+            self.version, self.federation, self.round, self.roster, self.spec, self.head, self.head_version,
+            self.layout, self.method, self.recipe, self.mechanism, self.ring,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)

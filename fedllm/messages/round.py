@@ -40,11 +40,31 @@ class HelloReply:
 
 
 @dataclass(frozen=True)
+class Ended:
+    """How a round of this federation ended, for an owner that took part in it."""
+
+    round: int
+    outcome: str
+    reason: str | None
+
+
+@dataclass(frozen=True)
 class Begin:
-    """Start training: the signed plan and the global adapter it names by digest (flat float32 bytes)."""
+    """Start training: the signed plan and the global adapter it names by digest (flat float32 bytes).
+
+    `previous` closes the round before, which saves an exchange. Answered by `Advertised` if training ends soon.
+    """
 
     plan: SignedPlan
     head: bytes
+    previous: Ended | None
+
+
+@dataclass(frozen=True)
+class Retry:
+    """The attempt before failed: advertise fresh keys for the update that is trained already, under a new plan."""
+
+    plan: SignedPlan
 
 
 @dataclass(frozen=True)
@@ -104,7 +124,7 @@ class SendMasked:
 
 @dataclass(frozen=True)
 class Masked:
-    """The masked vector of one sum."""
+    """The masked vector of one sum: its head; the chunks that it names follow the envelope as its parts."""
 
     vector: MaskedVector
 
@@ -140,7 +160,10 @@ class Unmasked:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Start scoring: the candidate adapter (flat float32 bytes) against the plan's head."""
+    """Start scoring: the candidate adapter (flat float32 bytes) against the plan's head.
+
+    Answered by `Masked` scores if scoring ends soon.
+    """
 
     candidate: bytes
 
@@ -180,7 +203,7 @@ class Refused:
 
 
 Body = (
-    Hello | HelloReply | Begin | Started | FetchAdvertise | Pending | Advertised | ShareKeys | SharedKeys
+    Hello | HelloReply | Begin | Started | Retry | FetchAdvertise | Pending | Advertised | ShareKeys | SharedKeys
     | SendMasked | Masked | Confirm | Confirmed | Unmask | Unmasked | Evaluate | Scoring | FetchScores
     | Close | Closed | Refused
 )  # fmt: skip

@@ -38,6 +38,8 @@ class KeyBundle:
 class ShareMessage:
     """M1 share keys: for each peer one AEAD ciphertext holding a share of the self-mask seed and of the mask key.
 
+    On the complete graph the peers are all of U1; on a sparse one they are the k that this owner picked itself.
+
     Attributes
     ----------
     seed_commitment : bytes
@@ -58,13 +60,14 @@ class ShareDelivery:
 
     purpose: str
     sharers: tuple[OwnerId, ...]
-    commitments: dict[str, bytes]
     ciphertexts: dict[str, bytes]
 
 
 @dataclass(frozen=True)
 class MaskedVector:
     """M2 masked input: the only form in which an owner's numbers leave it.
+
+    This is its head; the packed vector itself travels behind it, in chunks that the head names by digest.
 
     Attributes
     ----------
@@ -73,7 +76,8 @@ class MaskedVector:
     entry_bytes : int
         Bytes of one entry, little endian.
     chunks : tuple[bytes, ...]
-        The packed vector, cut at 1 MiB or more; together ``entries * entry_bytes`` bytes.
+        SHA-256 of each chunk of the packed vector, in order; a chunk has 1 to 4 MiB, the last may have less, and
+        together they have ``entries * entry_bytes`` bytes.
     """
 
     owner: OwnerId

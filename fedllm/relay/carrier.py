@@ -2,8 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What comes back from a node: a sealed envelope and the parts that it names by digest.
+
+    Attributes
+    ----------
+    head : bytes
+        The sealed envelope.
+    parts : tuple[bytes, ...]
+        Chunks of a masked vector, 1 to 4 MiB each; nearly always none.
+    """
+
+    head: bytes = field(repr=False)
+    parts: tuple[bytes, ...] = field(default=(), repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes as carried."""
+        return len(self.head) + sum(map(len, self.parts))
 
 
 class Carrier(Protocol):
@@ -31,20 +53,19 @@ class Carrier(Protocol):
         """
         ...
 
-    async def exchange(self, outbound: Mapping[str, bytes], *, deadline_s: float) -> dict[str, bytes]:
-        """Send one request to each named node and return the replies that came in time.
+    def exchange(self, outbound: Mapping[str, bytes], *, deadline_s: float) -> AsyncGenerator[tuple[str, Reply], None]:
+        """Send one request to each named node and yield the replies as they come.
+
+        Each node is yielded once at most. The iteration ends when all have answered or the deadline is over. A
+        reply with parts is read from its node only when the one before was taken: whoever iterates sets the
+        pace, and has one owner's vector in memory at a time. Close the generator (`contextlib.aclosing`).
 
         Parameters
         ----------
         outbound : Mapping[str, bytes]
             Node to sealed request.
         deadline_s : float
-            Seconds after which whatever has arrived is returned.
-
-        Returns
-        -------
-        dict[str, bytes]
-            Node to sealed reply; a node that is missing did not answer in time.
+            Seconds after which nothing more is waited for.
 
         Raises
         ------
