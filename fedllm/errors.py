@@ -11,7 +11,10 @@
     │   └── RequestInvalid                2    request-invalid
     ├── PolicyRefused                     3    policy-refused
     │   ├── BudgetExhausted               3    budget-exhausted
-    │   └── BaseMismatch                  3    base-mismatch
+    │   ├── BaseMismatch                  3    base-mismatch
+    │   ├── ThresholdRefused              3    threshold-refused
+    │   ├── CohortRefused                 3    cohort-refused
+    │   └── RosterMismatch                3    roster-mismatch
     ├── AuthenticationError               4    authentication
     │   └── SignatureInvalid              4    signature-invalid
     ├── NotFound                          5    not-found
@@ -21,7 +24,15 @@
     ├── ProtocolError                     1    protocol
     │   ├── DecodeError                   1    decode
     │   ├── VersionUnsupported            1    version-unsupported
+    │   ├── KeysInvalid                   1    keys-invalid
+    │   ├── LowOrderKey                   1    low-order-key
+    │   ├── SharesUnopenable              1    shares-unopenable
     │   └── StepMismatch                  1    step-mismatch
+    │       ├── RoundReplayed             1    round-replayed
+    │       ├── RequestReused             1    request-reused
+    │       ├── TwoViews                  1    two-views
+    │       ├── PlanChanged               1    plan-changed
+    │       └── AlreadyUnmasked           1    already-unmasked
     ├── IntegrityError                    1    integrity
     │   ├── DigestMismatch                1    digest-mismatch
     │   └── LedgerCorrupt                 1    ledger-corrupt
@@ -128,6 +139,24 @@ class BaseMismatch(PolicyRefused):
     code = "base-mismatch"
 
 
+class ThresholdRefused(PolicyRefused):
+    """A plan's threshold, graph or least number of survivors protects less than it must."""
+
+    code = "threshold-refused"
+
+
+class CohortRefused(PolicyRefused):
+    """A plan's cohort is smaller than this owner accepts, or does not name it."""
+
+    code = "cohort-refused"
+
+
+class RosterMismatch(PolicyRefused):
+    """A plan speaks of other identities than the roster that is pinned here."""
+
+    code = "roster-mismatch"
+
+
 class AuthenticationError(FedllmError):
     """Somebody is not who they say they are, or may not do what they ask."""
 
@@ -198,10 +227,69 @@ class VersionUnsupported(ProtocolError):
     code = "version-unsupported"
 
 
+class KeysInvalid(ProtocolError):
+    """A list of advertised keys is not what the owners of a cohort advertised."""
+
+    code = "keys-invalid"
+
+
+class LowOrderKey(ProtocolError):
+    """A public key is a point of low order: the secret agreed with it would be known to all (RFC 7748 section 6.1)."""
+
+    code = "low-order-key"
+
+
+class SharesUnopenable(ProtocolError):
+    """Sealed shares do not open: changed on the way, or sealed under another plan or key list.
+
+    Parameters
+    ----------
+    message : str
+    dealers : tuple[str, ...]
+        Who dealt them.
+    """
+
+    code = "shares-unopenable"
+
+    def __init__(self, message: str, *, dealers: tuple[str, ...] = (), hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.dealers = dealers
+
+
 class StepMismatch(ProtocolError):
     """A message belongs to another step, round or attempt than the one in progress."""
 
     code = "step-mismatch"
+
+
+class RoundReplayed(StepMismatch):
+    """A round that was accepted here before is begun again."""
+
+    code = "round-replayed"
+
+
+class RequestReused(StepMismatch):
+    """A request came again under its old id with another content."""
+
+    code = "request-reused"
+
+
+class TwoViews(StepMismatch):
+    """A step that is answered once was asked again with something else: another survivor set, list or vector."""
+
+    code = "two-views"
+
+
+class PlanChanged(StepMismatch):
+    """A further attempt at a sum is planned for another update than the one trained here."""
+
+    code = "plan-changed"
+
+
+class AlreadyUnmasked(StepMismatch):
+    """This owner has helped to open a sum with this update, and never masks that update again."""
+
+    code = "already-unmasked"
 
 
 class IntegrityError(FedllmError):

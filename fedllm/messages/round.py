@@ -13,6 +13,7 @@ from fedllm.errors import DecodeError
 from fedllm.ids import OwnerId
 from fedllm.messages.plan import SignedPlan
 from fedllm.messages.secagg import (
+    Complaint,
     KeyBundle,
     MaskedVector,
     ShareDelivery,
@@ -130,6 +131,13 @@ class Masked:
 
 
 @dataclass(frozen=True)
+class Complained:
+    """No vector, because of shares that do not open; for either sum."""
+
+    complaint: Complaint
+
+
+@dataclass(frozen=True)
 class Confirm:
     """Sign the survivor set U3 of one sum."""
 
@@ -204,7 +212,7 @@ class Refused:
 
 Body = (
     Hello | HelloReply | Begin | Started | Retry | FetchAdvertise | Pending | Advertised | ShareKeys | SharedKeys
-    | SendMasked | Masked | Confirm | Confirmed | Unmask | Unmasked | Evaluate | Scoring | FetchScores
+    | SendMasked | Masked | Complained | Confirm | Confirmed | Unmask | Unmasked | Evaluate | Scoring | FetchScores
     | Close | Closed | Refused
 )  # fmt: skip
 

@@ -88,6 +88,19 @@ class MaskedVector:
 
 
 @dataclass(frozen=True)
+class Complaint:
+    """M2 instead of a vector: shares of these dealers did not open here, so this owner takes no part in the sum.
+
+    Either the dealer or the one who complains is wrong; more complaints than the protocol assumes colluders prove
+    it is the dealer.
+    """
+
+    owner: OwnerId
+    purpose: str
+    dealers: tuple[OwnerId, ...]
+
+
+@dataclass(frozen=True)
 class SurvivorSignature:
     """M3 consistency: one owner's signature over the survivor set U3 it was shown, given once per sum."""
 
