@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from fedllm.errors import ConfigError, NotFound
 
 T = TypeVar("T")
+TRANSPORTS = ("flower", "direct", "local")
 
 
 def _key(doc: str, default: Any = MISSING) -> Any:
@@ -37,6 +38,8 @@ class CoordinatorSettings:
     port: int = _key("port of the control API", 7400)
     flower_host: str = _key("address the Flower SuperLink listens on", "127.0.0.1")
     flower_port: int = _key("port of the Flower SuperLink", 7401)
+    direct_host: str = _key("address that owners of direct federations dial", "127.0.0.1")
+    direct_port: int = _key("port that owners of direct federations dial", 7403)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class FederationSettings:
     last_layers: int = _key("adapt only the last N transformer layers", 10)
     method: str = _key("aggregation method: ffa (B only, exact) or fedit (A and B)", "ffa")
     min_survivors: int = _key("owners whose updates a sum needs at least; never under 3", 3)
-    transport: str = _key("flower, or local (owners' sockets on this machine, no Flower)", "flower")
+    transport: str = _key("flower; direct (gRPC over mutual TLS); or local (owners' sockets on this machine)", "flower")
     sockets: dict[str, str] = _key("transport local: owner to the daemon's socket", {})
     optimizer: str = _key("sgd under DP, adamw or sgd without", "sgd")
     learning_rate: float = _key("step scale; under DP it multiplies the unit-clipped mean", 12.0)
@@ -69,6 +72,9 @@ class FederationSettings:
     clip_range: float = _key("entries are clipped to plus or minus this before quantising", 4.0)
     train_deadline_s: float = _key("seconds allowed to local training", 900.0)
     phase_deadline_s: float = _key("seconds allowed to every other exchange", 120.0)
+    attempts: int = _key("tries at one sum; after a failed one the owners left go on without training again", 3)
+    corruption: float = _key("fraction of owners assumed to share what they know with the coordinator", 0.05)
+    dropout: float = _key("fraction of owners assumed to be lost in the course of a sum", 0.05)
     declared_records: dict[str, int] = _key("public size each owner declared; weights and DP steps use it", {})
     gate_margin: float = _key("a candidate may be this much worse (mean held-out loss) and still pass", 0.0)
 
@@ -86,8 +92,9 @@ class ClientSettings:
     roster: Path = _key("this owner's own approved copy of the roster")
     superlink: str = _key("address of the federation's Flower SuperLink", "127.0.0.1:7401")
     node_port: int = _key("loopback port of this owner's SuperNode", 7410)
+    direct: str = _key("address that the owner dials on the direct transport", "127.0.0.1:7403")
     threads: int = _key("CPU threads of training; cores divided by daemons on one machine", 1)
-    transport: str = _key("flower, or local (only the socket is served)", "flower")
+    transport: str = _key("flower, direct, or local (only the socket is served)", "flower")
     max_tokens: int = _key("longer records are left out and counted", 160)
 
 

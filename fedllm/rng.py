@@ -16,7 +16,11 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 
 KEY_BYTES = 32
+BYTES_PER_WORD = 4
+MAX_WORDS = 1 << 16
+"""Most words that `WordStream.fill` makes in one call."""
 _BLOCK_BYTES = 16
+_ZEROS = memoryview(bytes(BYTES_PER_WORD * MAX_WORDS))
 
 
 class Rng(Protocol):
@@ -84,6 +88,27 @@ def uniform_u32(key: bytes, count: int, *, offset: int = 0) -> NDArray[np.uint32
     """Return `count` uniform 32-bit words of `key`'s keystream, little endian, from word `offset` on."""
     data = keystream(key, 4 * count, offset=4 * offset)
     return np.frombuffer(data, dtype="<u4").astype(np.uint32, copy=False)
+
+
+class WordStream:
+    """The words of `uniform_u32`, made into a caller's buffer run after run, on one cipher context.
+
+    Parameters
+    ----------
+    key : bytes
+        32 bytes (see `keystream`).
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != KEY_BYTES:
+            raise ValueError(f"keystream key has {len(key)} bytes, {KEY_BYTES} needed")
+        self._update = Cipher(algorithms.AES(key), modes.CTR(bytes(_BLOCK_BYTES))).encryptor().update_into
+
+    def fill(self, out: memoryview) -> None:
+        """Write the next ``len(out) / 4`` words, little endian; at most `MAX_WORDS` (else `ValueError`)."""
+        if len(out) > len(_ZEROS):
+            raise ValueError(f"a buffer of {len(out)} bytes, {len(_ZEROS)} at most")
+        self._update(_ZEROS[: len(out)], out)
 
 
 def uniform_floats(rng: Rng, count: int) -> NDArray[np.float64]:

@@ -14,7 +14,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,7 @@ from fedllm.messages.envelope import Envelope, Sealed
 from fedllm.messages.plan import RoundPlan
 from fedllm.messages.round import Body, decode_body
 from fedllm.privacy.ledger import Ledger
-from fedllm.relay.carrier import Carrier
+from fedllm.relay.carrier import Carrier, Reply
 from fedllm.relay.flower import FlowerCarrier
 from fedllm.relay.memory import MemoryCarrier
 from fedllm.relay.processes import Supervised
@@ -69,11 +69,12 @@ _MAX_TOKENS = 200
 
 @dataclass(frozen=True)
 class Message:
-    """One sealed message as it was carried; `up` is from an owner to the coordinator."""
+    """One sealed message as it was carried, with its parts; `up` is from an owner to the coordinator."""
 
     owner: str
     up: bool
     raw: bytes = field(repr=False)
+    parts: tuple[bytes, ...] = field(default=(), repr=False)
 
     @property
     def envelope(self) -> Envelope:
@@ -157,7 +158,7 @@ class KeepingTrainer:
 class RecordingCarrier:
     """A carrier with both directions of every exchange kept."""
 
-    def __init__(self, carrier: Carrier, sent: list[tuple[str, bytes]], received: list[tuple[str, bytes]]) -> None:
+    def __init__(self, carrier: Carrier, sent: list[tuple[str, bytes]], received: list[tuple[str, Reply]]) -> None:
         self._carrier, self._sent, self._received = carrier, sent, received
 
     @property
@@ -169,12 +170,15 @@ class RecordingCarrier:
         """As the carrier has it."""
         return await self._carrier.nodes()
 
-    async def exchange(self, outbound: Mapping[str, bytes], *, deadline_s: float) -> dict[str, bytes]:
+    async def exchange(
+        self, outbound: Mapping[str, bytes], *, deadline_s: float
+    ) -> AsyncGenerator[tuple[str, Reply], None]:
         """Exchange, and keep what went and what came."""
         self._sent += outbound.items()
-        replies = await self._carrier.exchange(outbound, deadline_s=deadline_s)
-        self._received += replies.items()
-        return replies
+        async with contextlib.aclosing(self._carrier.exchange(outbound, deadline_s=deadline_s)) as arriving:
+            async for node, reply in arriving:
+                self._received.append((node, reply))
+                yield node, reply
 
     async def close(self) -> None:
         """As the carrier does it."""
@@ -187,9 +191,9 @@ class CapturedRound:
 
     Attributes
     ----------
-    sent, received : list[tuple[str, bytes]]
+    sent, received : list
         What the coordinator handed to its carrier, and what came back, by node.
-    arrived, answered : list[tuple[str, bytes]]
+    arrived, answered : list
         What came to each owner's socket, and what its daemon handed back, by owner.
     isolation : dict[str, dict[str, str]]
         Per owner: file to what a process under the relay's own restrictions got when it opened it.
@@ -199,9 +203,9 @@ class CapturedRound:
     data: Mapping[str, Path]
     hidden: Hidden = field(default_factory=Hidden)
     sent: list[tuple[str, bytes]] = field(default_factory=list)
-    received: list[tuple[str, bytes]] = field(default_factory=list)
+    received: list[tuple[str, Reply]] = field(default_factory=list)
     arrived: list[tuple[str, bytes]] = field(default_factory=list)
-    answered: list[tuple[str, bytes]] = field(default_factory=list)
+    answered: list[tuple[str, Reply]] = field(default_factory=list)
     daemons: dict[str, Daemon] = field(default_factory=dict)
     identities: dict[str, SigningIdentity] = field(default_factory=dict)
     isolation: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -217,13 +221,13 @@ class CapturedRound:
     def messages(self) -> list[Message]:
         """Every message an owner received or sent, once each, in order."""
         down = [Message(owner, False, raw) for owner, raw in self.arrived]
-        up = [Message(owner, True, raw) for owner, raw in self.answered]
+        up = [Message(owner, True, reply.head, reply.parts) for owner, reply in self.answered]
         return list(dict.fromkeys([*down, *up]))
 
-    def deliver(self, owner: str) -> Callable[[bytes], Awaitable[bytes]]:
+    def deliver(self, owner: str) -> Callable[[bytes], Awaitable[Reply]]:
         """Return the daemon's door, with what passes kept."""
 
-        async def deliver(request: bytes) -> bytes:
+        async def deliver(request: bytes) -> Reply:
             self.arrived.append((owner, request))
             reply = await self.daemons[owner].handle(request)
             self.answered.append((owner, reply))
@@ -231,7 +235,7 @@ class CapturedRound:
 
         return deliver
 
-    def handlers(self) -> dict[str, Callable[[bytes], Awaitable[bytes]]]:
+    def handlers(self) -> dict[str, Callable[[bytes], Awaitable[Reply]]]:
         """Return nodes and doors for a carrier in memory."""
         return {f"node-{owner}": self.deliver(owner) for owner in self.daemons}
 

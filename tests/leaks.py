@@ -149,9 +149,12 @@ class Search:
             yield from (p for p in self._by_prefix[int(words[at])] if data.startswith(p, int(at)))
 
 
-def views(raw: bytes, body: object) -> dict[str, bytes]:
-    """Return the ways to read one message: its bytes, its fields joined, byte planes, and what was compressed."""
-    fields = [value for _, value in leaves(body)]
+def views(raw: bytes, body: object, parts: Sequence[bytes] = ()) -> dict[str, bytes]:
+    """Return the ways to read one message: its bytes, its fields joined, byte planes, and what was compressed.
+
+    The parts that follow it are read as if they were fields of its body.
+    """
+    fields = [*(value for _, value in leaves(body)), *parts]
     texts = "".join(value for value in fields if isinstance(value, str)).encode()
     binary = b"".join(value for value in fields if isinstance(value, bytes))
     found = {"raw": raw, "texts": texts, "fields": binary}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from fedllm.aggregation.secagg.owner import SecAggOwner
 from fedllm.aggregation.vector import OwnerScores, ScoreVector, UpdateTail, UpdateVector
 from fedllm.clock import FakeClock
 from fedllm.config import FederationSettings
-from fedllm.errors import FedllmError
+from fedllm.errors import FedllmError, SharesUnopenable
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
 from fedllm.ids import Digest, OwnerId, sha256
 from fedllm.messages.envelope import COORDINATOR, ENVELOPE_VERSION, Envelope, seal, unseal
@@ -26,6 +26,7 @@ from fedllm.messages.round import (
     Body,
     Close,
     Closed,
+    Complained,
     Confirm,
     Confirmed,
     Evaluate,
@@ -36,6 +37,7 @@ from fedllm.messages.round import (
     Masked,
     Pending,
     Refused,
+    Retry,
     Scoring,
     SendMasked,
     SharedKeys,
@@ -45,8 +47,9 @@ from fedllm.messages.round import (
     Unmasked,
     decode_body,
 )
-from fedllm.messages.secagg import PURPOSE_EVALUATION, PURPOSE_UPDATE
+from fedllm.messages.secagg import PURPOSE_EVALUATION, PURPOSE_UPDATE, ShareDelivery
 from fedllm.registry.store import Registry
+from fedllm.relay.carrier import Reply
 from fedllm.rng import SeededRng
 from fedllm.server.federation import Federation
 from fedllm.server.gate import ScoreGate
@@ -73,10 +76,11 @@ class Agent:
     losses: tuple[float, float] = (1.0, 2.0)
     begun: list[Digest] = field(default_factory=list)
     closed: list[str] = field(default_factory=list)
-    seen: dict[bytes, bytes] = field(default_factory=dict)
+    told: list[str] = field(default_factory=list)
+    seen: dict[bytes, Reply] = field(default_factory=dict)
     machines: dict[str, SecAggOwner] = field(default_factory=dict)
 
-    async def deliver(self, data: bytes) -> bytes:
+    async def deliver(self, data: bytes) -> Reply:
         """Answer one sealed request; the same request gets the same answer."""
         try:
             request = unseal(data, self.coordinator, sender=COORDINATOR, receiver=self.owner)
@@ -84,6 +88,7 @@ class Agent:
             request = unseal(data, self.coordinator, sender=COORDINATOR, receiver=ANYBODY)
         if request.request in self.seen:
             return self.seen[request.request]
+        self.parts: tuple[bytes, ...] = ()
         try:
             body = self._answer(request, decode_body(request.kind, request.body))
         except FedllmError as error:
@@ -92,7 +97,7 @@ class Agent:
             ENVELOPE_VERSION, type(body).__name__, request.federation, request.round, self.owner, COORDINATOR,
             request.request, wire.encode(body),
         )  # fmt: skip
-        sealed = seal(reply, self.identity)
+        sealed = Reply(seal(reply, self.identity), self.parts)
         if not isinstance(body, Pending | Refused):
             self.seen[request.request] = sealed
         return sealed
@@ -126,7 +131,14 @@ class Agent:
 
     def _on_SendMasked(self, body: SendMasked) -> Body:  # noqa: N802
         self._deliveries = body
-        return Masked(self.machines[PURPOSE_UPDATE].mask(body.update, self._update()))
+        return self._masked(PURPOSE_UPDATE, body.update, self._update())
+
+    def _masked(self, purpose: str, delivery: ShareDelivery, values: np.ndarray) -> Body:
+        try:
+            head, self.parts = self.machines[purpose].mask(delivery, values)
+        except SharesUnopenable as error:
+            return Complained(self.machines[purpose].complaint([OwnerId(d) for d in error.dealers]))
+        return Masked(head)
 
     def _on_Confirm(self, body: Confirm) -> Body:  # noqa: N802
         return Confirmed(self.machines[body.purpose].confirm(body.survivors))
@@ -141,17 +153,29 @@ class Agent:
 
     def _on_FetchScores(self, _body: FetchScores) -> Body:  # noqa: N802
         vector = ScoreVector(len(self._plan.cohort)).encode(OwnerScores(5, *self.losses), SeededRng(1))
-        return Masked(self.machines[PURPOSE_EVALUATION].mask(self._deliveries.evaluation, vector))
+        return self._masked(PURPOSE_EVALUATION, self._deliveries.evaluation, vector)
 
     def _on_Begin(self, body: Begin) -> Body:  # noqa: N802
         return self.refuse if self.refuse is not None else self._begin(body)
 
+    def _on_Retry(self, body: Retry) -> Body:  # noqa: N802
+        self._attempt(body.plan.open(self.coordinator))
+        self._left = 0
+        return self._on_FetchAdvertise(FetchAdvertise())
+
     def _begin(self, body: Begin) -> Started:
         plan = body.plan.open(self.coordinator)
-        self._plan, self._left = plan, self.polls
+        self._left = self.polls
         self._head = AdapterState.from_bytes(plan.spec, body.head)
         assert self._head.digest == plan.head
         self.begun.append(plan.digest)
+        if body.previous is not None:
+            self.told.append(body.previous.outcome)
+        self._attempt(plan)
+        return Started(5.0)
+
+    def _attempt(self, plan: RoundPlan) -> None:
+        self._plan = plan
         for purpose, bits, entries in (
             (PURPOSE_UPDATE, plan.ring.bits, vector_of(plan).entries),
             (PURPOSE_EVALUATION, 32, ScoreVector(len(plan.cohort)).entries),
@@ -159,8 +183,8 @@ class Agent:
             self.machines[purpose] = SecAggOwner(
                 plan=plan, purpose=purpose, owner=self.owner, identity=self.identity, roster=self.roster,
                 ring_bits=bits, entries=entries, rng=SeededRng(f"{self.owner}{plan.digest}{purpose}"),
+                once=lambda _ctx, _step, _asked: None,
             )  # fmt: skip
-        return Started(5.0)
 
     def _update(self) -> np.ndarray:
         vector = vector_of(self._plan)
@@ -176,7 +200,8 @@ def vector_of(plan: RoundPlan) -> UpdateVector:
 
 
 Fault = Callable[[str, str, int], str]
-"""(owner, kind of request, how often this owner was asked this kind) -> deliver, lose, lose-reply, garble, swap."""
+"""(owner, kind of request, how often this owner was asked this kind) -> deliver, lose, lose-reply, garble, swap, and
+garble-parts, cut-parts of a vector."""
 
 
 class FaultyCarrier:
@@ -188,7 +213,8 @@ class FaultyCarrier:
         self.fault: Fault = lambda _owner, _kind, _count: "deliver"
         self.counts: dict[tuple[str, str], int] = {}
         self.carried: list[bytes] = []
-        self.last: dict[str, bytes] = {}
+        self.chunks: list[bytes] = []
+        self.last: dict[str, Reply] = {}
 
     @property
     def patience_s(self) -> float:
@@ -199,9 +225,11 @@ class FaultyCarrier:
         """Return one node for each agent."""
         return tuple(sorted(f"node-{name}" for name in self.agents))
 
-    async def exchange(self, outbound: dict[str, bytes], *, deadline_s: float) -> dict[str, bytes]:
+    async def exchange(
+        self, outbound: dict[str, bytes], *, deadline_s: float
+    ) -> AsyncGenerator[tuple[str, Reply], None]:
         """Deliver, or do what `fault` says; a missing reply costs the whole deadline."""
-        replies: dict[str, bytes] = {}
+        replies: dict[str, Reply] = {}
         for node, data in outbound.items():
             name = node.removeprefix("node-")
             kind = kind_of(data)
@@ -211,16 +239,22 @@ class FaultyCarrier:
             if what == "lose":
                 continue
             reply = await self.agents[name].deliver(data)
-            self.carried.append(reply)
+            self.carried.append(reply.head)
+            self.chunks += reply.parts
             if what == "garble":
-                reply = reply[:-1] + bytes([reply[-1] ^ 1])
+                reply = Reply(reply.head[:-1] + bytes([reply.head[-1] ^ 1]), reply.parts)
+            elif what == "garble-parts":
+                reply = Reply(reply.head, tuple(part[:-1] + bytes([part[-1] ^ 1]) for part in reply.parts))
+            elif what == "cut-parts":
+                reply = Reply(reply.head, reply.parts[:-1])
             elif what == "swap":
-                reply = self.last.get(name, b"\x00")
+                reply = self.last.get(name, Reply(b"\x00"))
             self.last[name] = reply
             if what != "lose-reply":
                 replies[node] = reply
         await self.clock.sleep(0.01 if len(replies) == len(outbound) else deadline_s)
-        return replies
+        for node, answered in replies.items():
+            yield node, answered
 
     async def close(self) -> None:
         """Nothing to close."""

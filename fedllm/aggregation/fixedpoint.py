@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.errors import ConfigError, IntegrityError, NonFiniteUpdate
-from fedllm.rng import KEY_BYTES, Rng, uniform_u32
+from fedllm.rng import KEY_BYTES, Rng, WordStream
 
 RING_BITS = (8, 16, 24, 32)
 MIN_VALUE_BITS = 2
-_CHUNK = 1 << 15
-_WORDS = 2.0**32
+_BLOCK = 1 << 15
+_UNIT = 2.0**-32
 
 
 def required_bits(owners: int, value_bits: int) -> int:
@@ -54,7 +54,7 @@ class FixedPoint:
     value_bits : int
         Bits of one encoded value, 2 to 32.
     clip_range : float
-        Values beyond are clipped and counted by `saturation`.
+        Values beyond are clipped, and counted.
     """
 
     value_bits: int
@@ -78,40 +78,70 @@ class FixedPoint:
         return self.clip_range / self.levels
 
     def encode(self, x: NDArray[np.floating], rng: Rng) -> NDArray[np.uint32]:
-        """Return the values as integers in ``[0, 2 * levels]``, stochastically rounded.
+        """Return the values as integers in ``[0, 2 * levels]``, stochastically rounded; see `encode_into`."""
+        encoded = np.empty(x.shape[0], dtype=np.uint32)
+        self.encode_into(encoded, x, rng)
+        return encoded
 
-        Rounds up with a probability equal to the fraction (to 2^-32), so that the error of a mean shrinks
-        with the number of owners instead of staying at the rounding bias. Values on the grid, zero above all,
-        are kept exactly.
+    def encode_into(self, out: NDArray[np.uint32], x: NDArray[np.floating], rng: Rng, *, weight: float = 1.0) -> int:
+        """Write ``weight * x`` to `out` as integers in ``[0, 2 * levels]``; return how many entries were clipped.
+
+        Stochastic rounding is ``floor(value + u)`` with u uniform on 2^32 steps of [0, 1): it rounds up with a
+        probability equal to the fraction, so that the error of a mean shrinks with the number of owners instead of
+        staying at the rounding bias. Values on the grid, zero above all, are kept exactly.
 
         Parameters
         ----------
+        out : NDArray[uint32]
+            Shape ``(d,)``.
         x : NDArray[floating]
             Shape ``(d,)``.
         rng : Rng
             Gives the 32-byte key of the AES-256-CTR stream that rounds this array.
+        weight : float
+            Positive.
 
         Raises
         ------
         NonFiniteUpdate
             If an entry is NaN or infinite; the message counts them and never shows a value.
         """
-        encoded = np.empty(x.shape[0], dtype=np.uint32)
-        key = rng.token(KEY_BYTES)  # a keystream is ten times as fast as drawing every word from the OS
-        for at in range(0, x.shape[0], _CHUNK):
-            part = x[at : at + _CHUNK].astype(np.float64)
-            _check_finite(part, at)
-            scaled = np.clip(part, -self.clip_range, self.clip_range) / self.step
-            low = np.floor(scaled)
-            low += uniform_u32(key, part.size, offset=at) < (scaled - low) * _WORDS
-            # The division may land one unit in the last place beyond the grid.
-            np.clip(low + self.levels, 0, 2 * self.levels, out=low)
-            encoded[at : at + _CHUNK] = low.astype(np.uint32)
-        return encoded
+        stream = WordStream(rng.token(KEY_BYTES))  # ten times as fast as drawing every word from the OS
+        buffer = bytearray(4 * _BLOCK)
+        raw, draws = memoryview(buffer), np.frombuffer(buffer, dtype="<i4")
+        wide, unit = np.empty(_BLOCK), np.empty(_BLOCK)
+        top = np.uint32(2 * self.levels)
+        clipped = 0
+        for at in range(0, x.shape[0], _BLOCK):
+            part = x[at : at + _BLOCK]
+            value, u = wide[: part.size], unit[: part.size]
+            clipped += self._scale(value, part, weight, at)
+            stream.fill(raw[: 4 * part.size])
+            # Signed words are uniform on [-1/2, 1/2): half a step and one conversion that every processor has.
+            np.multiply(draws[: part.size], _UNIT, out=u)
+            value += u
+            lanes = out[at : at + part.size]
+            # Positive from here on, so that the cast's truncation is the floor; 33 bits would not fit a signed word.
+            np.copyto(lanes.view(np.int32) if self.value_bits < max(RING_BITS) else lanes, value, casting="unsafe")
+            np.minimum(lanes, top, out=lanes)  # a product may land one unit in the last place beyond the grid
+        return clipped
 
-    def saturation(self, x: NDArray[np.floating]) -> float:
-        """Return the fraction of entries that `encode` clips; 0.0 of an empty array."""
-        return float(np.count_nonzero(np.abs(x) > self.clip_range)) / x.size if x.size else 0.0
+    def _scale(self, out: NDArray[np.float64], part: NDArray[np.floating], weight: float, at: int) -> int:
+        """Write the block in steps, clipped, and moved by ``levels + 1/2``; return how many entries were clipped."""
+        low, high = float(part.min()), float(part.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            _refuse_non_finite(part, at)
+        out[:] = part
+        clipped = 0
+        if weight * high > self.clip_range or weight * low < -self.clip_range:
+            out *= weight
+            clipped = int(np.count_nonzero(np.abs(out) > self.clip_range))
+            np.clip(out, -self.clip_range, self.clip_range, out=out)
+            out /= self.step
+        else:
+            out *= weight / self.step
+        out += self.levels + 0.5
+        return clipped
 
     def decode_sum(self, total: NDArray[np.uint32], owners: int) -> NDArray[np.float64]:
         """Return the sum over `owners` of the encoded values, float64.
@@ -129,13 +159,12 @@ class FixedPoint:
         return (total.astype(np.float64) - float(owners * self.levels)) * self.step
 
 
-def _check_finite(part: NDArray[np.float64], at: int) -> None:
+def _refuse_non_finite(part: NDArray[np.floating], at: int) -> None:
     bad = int(part.size - np.count_nonzero(np.isfinite(part)))
-    if bad:
-        raise NonFiniteUpdate(
-            f"{bad} of {part.size} entries from {at} on are NaN or infinite; finite values are needed",
-            hint="lower the learning rate, or look for an empty or malformed batch",
-        )
+    raise NonFiniteUpdate(
+        f"{bad} of {part.size} entries from {at} on are NaN or infinite; finite values are needed",
+        hint="lower the learning rate, or look for an empty or malformed batch",
+    )
 
 
 @dataclass(frozen=True)

@@ -153,17 +153,19 @@ class UpdateVector:
             raise ConfigError("an update's weight must lie in (0, 1]")
         # The very weight that is sent, so that sum over sum of weights is the exact weighted mean.
         weight_units = max(1, round(weight / WEIGHT_UNIT))
-        scaled = update.astype(np.float64) * (weight_units * WEIGHT_UNIT)
-        body = self.fixed_point.encode(scaled, rng)
+        vector = np.empty(self.entries, dtype=np.uint32)
+        body = vector[: self.layout_size]
+        clipped = self.fixed_point.encode_into(body, update, rng, weight=weight_units * WEIGHT_UNIT)
         numbers = {
             "owners": 1,
             "weight": weight_units,
-            "saturated": round(self.fixed_point.saturation(scaled) / SATURATION_UNIT),
+            "saturated": round(clipped / self.layout_size / SATURATION_UNIT),
         }
         if not self.covered:
             numbers["records"] = tail.records
             numbers["train_loss"] = _loss_units(tail.train_loss, rng)
-        return np.concatenate([body, self._limbs.encode(numbers)])
+        vector[self.layout_size :] = self._limbs.encode(numbers)
+        return vector
 
     def decode(self, total: NDArray[np.uint32], survivors: int) -> UpdateSum:
         """Return the sum of the survivors' updates and numbers.

@@ -11,7 +11,7 @@ import sys
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from fedllm.cli import adapter, client, coordinator, demo, federation, info, model, privacy, rounds, serve
+from fedllm.cli import adapter, client, coordinator, demo, federation, info, model, privacy, rounds, serve, simulate
 from fedllm.cli.extras import missing_extra
 from fedllm.cli.files import of_system
 from fedllm.cli.output import print_error, say
@@ -23,6 +23,7 @@ federation.register(app)
 info.register(app)
 serve.register(app)
 demo.register(app)
+simulate.register(app)
 app.add_typer(coordinator.app, name="coordinator")
 app.add_typer(federation.owners, name="owner")
 app.add_typer(rounds.app, name="round")

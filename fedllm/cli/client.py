@@ -31,19 +31,26 @@ HOME = typer.Option(..., help="The owner's folder: key, policy, ledger, audit lo
 KEY_FILE = "owner.pem"
 POLICY_FILE = "policy.toml"
 LEDGER_FILE = "ledger.jsonl"
+CERTIFICATE_OF_COORDINATOR = "coordinator.pem"
 
 
 @app.command("key")
 def key(home: Path = HOME) -> None:
-    """Make this owner's key pair; prints the public line to send to the operator."""
-    if (home / KEY_FILE).exists():
+    """Make this owner's key pair and TLS certificate; prints the public line to send to the operator."""
+    from fedllm.relay.tls import CERTIFICATE_FILE, TlsIdentity
+
+    old = (home / KEY_FILE).exists()
+    if old and (home / CERTIFICATE_FILE).exists():
         raise ConfigError(
             f"{home / KEY_FILE} exists and a key is never overwritten", hint="remove it yourself if it is not needed"
         )
     with drafts(home) as scratch:
-        identity = SigningIdentity.create(scratch / KEY_FILE)
+        identity = SigningIdentity.load(home / KEY_FILE) if old else SigningIdentity.create(scratch / KEY_FILE)
+        if not (home / CERTIFICATE_FILE).exists():
+            TlsIdentity.create(scratch, SystemClock())
     home.chmod(0o700)
     say(f"private key in {home / KEY_FILE} (never leaves this machine); send the next line to the operator")
+    say(f"for a federation of transport direct send {home / CERTIFICATE_FILE} too, and nothing else of this folder")
     print_line(str(identity.public))
 
 
@@ -88,17 +95,35 @@ def join(
         "owner": owner, "federation": offer.federation, "data": str(data.absolute()), "base": str(base.absolute()),
         "coordinator_key": str(offer.coordinator_key), "roster": "roster.json", "superlink": offer.superlink,
         "transport": offer.transport, "max_tokens": offer.max_tokens, "threads": threads, "node_port": node_port,
+        **({"direct": offer.direct} if offer.direct else {}),
     }  # fmt: skip
     lines = [f"{k} = {json.dumps(v)}" for k, v in settings.items()]
+    if offer.certificate is not None:
+        _check_own_certificate(home)
     with drafts(home) as scratch:
         offer.roster.save(scratch / "roster.json")
         (scratch / CLIENT_FILE).write_text("[client]\n" + "\n".join(lines) + "\n", encoding="utf-8")
+        if offer.certificate is not None:
+            (scratch / CERTIFICATE_OF_COORDINATOR).write_bytes(offer.certificate.pem)
         if limits is not None:
             limits.save(scratch / POLICY_FILE)
     members = offer.roster.members
     say(f"pinned coordinator {offer.coordinator_key}")
+    if offer.certificate is not None:
+        say(f"pinned the coordinator's TLS certificate {offer.certificate.fingerprint[:16]} at {offer.direct}")
     say(f"pinned roster {offer.roster.digest[:16]} of {len(members)}: {', '.join(m.owner for m in members)}")
     print_line(offer.roster.digest)
+
+
+def _check_own_certificate(home: Path) -> None:
+    from fedllm.relay.tls import CERTIFICATE_FILE, TlsIdentity
+
+    if not (home / CERTIFICATE_FILE).exists():
+        raise NotFound(
+            f"the federation's transport is direct, and there is no TLS certificate at {home / CERTIFICATE_FILE}",
+            hint=f"make it with 'fedllm client key --home {home}' and send it to the operator",
+        )
+    TlsIdentity.load(home, SystemClock())
 
 
 def _check_pinned(home: Path, key: VerifyKey) -> None:
@@ -165,7 +190,7 @@ def check(
 
 @app.command("start")
 def start(home: Path = HOME, threads: int | None = typer.Option(None, help="CPU threads of training.")) -> None:
-    """Run the daemon until SIGTERM: keeps the model loaded, supervises its SuperNode, enforces the policy."""
+    """Run the daemon until SIGTERM: keeps the model loaded, supervises its relay, enforces the policy."""
     settings, _ = client_settings(home, {"threads": threads})
     # Read by OpenMP when torch is first imported; the default policy spins and starves the other daemons.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -23,9 +23,11 @@ def start(
     home: Path = HOME,
     port: int | None = typer.Option(None, help="Port of the control API."),
     flower_port: int | None = typer.Option(None, help="Port of the Flower SuperLink."),
+    direct_port: int | None = typer.Option(None, help="Port that owners of direct federations dial."),
 ) -> None:
-    """Run the coordinator until SIGTERM: SuperLink, relay, rounds, registry, control API."""
-    settings, federations, _ = coordinator_settings(home, {"port": port, "flower_port": flower_port})
+    """Run the coordinator until SIGTERM: carriers, rounds, registry, control API."""
+    flags = {"port": port, "flower_port": flower_port, "direct_port": direct_port}
+    settings, federations, _ = coordinator_settings(home, flags)
     telemetry.configure(SystemClock())
     from fedllm.server.app import run
 
@@ -34,14 +36,15 @@ def start(
 
 @app.command("check")
 def check(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
-    """Validate configuration, key, rosters and base models; change nothing."""
-    from fedllm.server.app import load_federation
+    """Validate configuration, keys, certificates, rosters and base models; change nothing."""
+    from fedllm.server.app import check_transport, load_federation
 
     settings, federations, _ = coordinator_settings(home)
     identity = SigningIdentity.load(home / KEY_FILE)
     rows = []
     for federation in federations:
         loaded = load_federation(federation, home)
+        check_transport(loaded, home, SystemClock())
         owners = len(loaded.roster.members)
         rows.append((federation.name, federation.alias, federation.method, owners, loaded.spec.base[:12]))
     if as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,10 +12,14 @@ from fedllm.cli.context import COORDINATOR_FILE, coordinator_settings, pick_fede
 from fedllm.cli.files import drafts
 from fedllm.cli.output import print_json, print_line, print_table, say
 from fedllm.cli.plain import Noun
+from fedllm.clock import SystemClock
 from fedllm.errors import ConfigError, NotFound
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
 from fedllm.ids import OwnerId, check_alias, check_name
 from fedllm.messages.envelope import COORDINATOR
+
+if TYPE_CHECKING:
+    from fedllm.relay.tls import Certificate, TlsIdentity
 
 KEY_FILE = "coordinator.pem"
 owners = Noun("Enrol data owners: names and pinned keys.")
@@ -24,6 +29,7 @@ _TEMPLATE = """\
 [coordinator]
 port = {port}
 flower_port = {flower_port}
+direct_port = {direct_port}
 
 [federation.{name}]
 base = {base}
@@ -46,21 +52,25 @@ def init(
     alias: str = typer.Option("acme/tools", help="tenant/name that versions are published to."),
     port: int = typer.Option(7400, help="Port of the control API."),
     flower_port: int = typer.Option(7401, help="Port of the Flower SuperLink."),
+    direct_port: int = typer.Option(7403, help="Port that owners of direct federations dial."),
 ) -> None:
-    """Make a coordinator's folder: key, configuration, empty roster. Nothing is ever overwritten."""
+    """Make a coordinator's folder: keys, configuration, empty roster. Nothing is ever overwritten."""
     from fedllm.basemodel.inspect import read_config
+    from fedllm.relay import tls
 
     check_name(federation, what="federation")
     check_alias(alias)
-    for name in (COORDINATOR_FILE, KEY_FILE):
+    for name in (COORDINATOR_FILE, KEY_FILE, tls.KEY_FILE, tls.CERTIFICATE_FILE):
         if (home / name).exists():
             raise ConfigError(f"{home / name} exists and is not overwritten", hint="choose another folder")
     read_config(base)
     text = _TEMPLATE.format(
-        name=federation, base=json.dumps(str(base.absolute())), alias=alias, port=port, flower_port=flower_port
-    )
+        name=federation, base=json.dumps(str(base.absolute())), alias=alias, port=port, flower_port=flower_port,
+        direct_port=direct_port,
+    )  # fmt: skip
     with drafts(home) as scratch:
         identity = SigningIdentity.create(scratch / KEY_FILE)
+        tls.TlsIdentity.create(scratch, SystemClock())
         (scratch / COORDINATOR_FILE).write_text(text, encoding="utf-8")
     say(f"wrote {home / COORDINATOR_FILE}; next: 'fedllm owner add' for each owner")
     print_line(str(identity.public))
@@ -73,14 +83,20 @@ def add(
     records: int = typer.Option(..., min=1, help="Size of the owner's data set as it declares it, publicly."),
     home: Path = typer.Option(..., help="The coordinator's folder."),
     federation: str | None = typer.Option(None, help="Federation, if there are several."),
+    certificate: Path | None = typer.Option(None, help="The owner's tls.pem; needed if the transport is direct."),
 ) -> None:
     """Enrol an owner: its name, its key, its declared size. Every owner approves the new roster itself."""
     check_name(owner, what="owner")
     if owner == COORDINATOR:
         raise ConfigError(f"owner {owner!r}: that name is the coordinator's own", hint="choose another")
     _, federations, _ = coordinator_settings(home)
-    name = pick_federation(federations, federation).name
-    path = roster_file(home, name)
+    chosen = pick_federation(federations, federation)
+    name, path = chosen.name, roster_file(home, chosen.name)
+    if certificate is None and chosen.transport == "direct":
+        raise ConfigError(
+            f"owner {owner!r} has no --certificate, and the transport of federation {name!r} is direct",
+            hint="ask the owner for the tls.pem that 'fedllm client key' wrote beside its key",
+        )
     keys = {m.owner: VerifyKey(m.key) for m in Roster.load(path).members} if path.is_file() else {}
     if OwnerId(owner) in keys:
         raise ConfigError(f"owner {owner!r} is enrolled already", hint="names are never reused")
@@ -89,13 +105,57 @@ def add(
     keys[OwnerId(owner)] = VerifyKey.parse(key)
     roster = Roster.of(keys)
     declared = _declared(home, name, owner, records)
+    brought = None if certificate is None else _usable(home, name, owner, certificate)
     with drafts(home) as scratch:
         draft = roster_file(scratch, name)
         draft.parent.mkdir()
         roster.save(draft)
+        if brought is not None:
+            _pin(home, scratch, name, owner, brought)
         (scratch / COORDINATOR_FILE).write_text(declared, encoding="utf-8")
     say(f"roster of {name}: {len(roster.members)} owners; every owner joins again with a fresh join file")
     print_line(roster.digest)
+
+
+@owners.command("certificate")
+def certificate(
+    owner: str = typer.Argument(..., help="Name of an enrolled owner."),
+    file: Path = typer.Argument(..., help="The owner's tls.pem."),
+    home: Path = typer.Option(..., help="The coordinator's folder."),
+    federation: str | None = typer.Option(None, help="Federation, if there are several."),
+) -> None:
+    """Pin an enrolled owner's TLS certificate, in place of one it had; a running coordinator sees it at once."""
+    _, federations, _ = coordinator_settings(home)
+    name = pick_federation(federations, federation).name
+    _roster(home, name).key(OwnerId(owner))
+    brought = _usable(home, name, owner, file)
+    with drafts(home) as scratch:
+        _pin(home, scratch, name, owner, brought)
+    print_line(brought.fingerprint)
+
+
+def _usable(home: Path, federation: str, owner: str, file: Path) -> Certificate:
+    """Return the certificate in a file, which must not be another owner's: they would throw each other out."""
+    from fedllm.relay import tls
+
+    brought = tls.read_certificate(file, SystemClock())
+    mine = tls.pinned_folder(home, federation) / f"{owner}.pem"
+    for path in sorted(home.glob("certificates/*/*.pem")):
+        if path != mine and path.read_bytes() == brought.pem:
+            raise ConfigError(
+                f"{file} is the certificate of {path.stem!r} in federation {path.parent.name!r} already",
+                hint="every owner's folder has one of its own, made by 'fedllm client key'",
+            )
+    return brought
+
+
+def _pin(home: Path, scratch: Path, federation: str, owner: str, brought: Certificate) -> None:
+    from fedllm.relay import tls
+
+    folder = tls.pinned_folder(scratch, federation)
+    folder.mkdir(parents=True)
+    tls.pinned_folder(home, federation).mkdir(parents=True, exist_ok=True)
+    (folder / f"{owner}.pem").write_bytes(brought.pem)
 
 
 @owners.command("list")
@@ -126,6 +186,10 @@ def join_file(
     settings, federations, _ = coordinator_settings(home)
     chosen = pick_federation(federations, federation)
     roster = _roster(home, chosen.name)
+    direct = {}
+    if chosen.transport == "direct":
+        address, mine = f"{settings.direct_host}:{settings.direct_port}", _own_certificate(home).certificate
+        direct = {"direct": address, "certificate": mine.pem.decode("ascii")}
     print_json(
         {
             "fedllm_join": 1,
@@ -136,8 +200,19 @@ def join_file(
             "base": open_base(chosen.base).digest,
             "max_tokens": chosen.max_tokens,
             "roster": {m.owner: str(VerifyKey(m.key)) for m in roster.members},
+            **direct,
         }
     )
+
+
+def _own_certificate(home: Path) -> TlsIdentity:
+    """Return the coordinator's certificate; a folder of an earlier release gets one now."""
+    from fedllm.relay import tls
+
+    if not any((home / name).exists() for name in (tls.KEY_FILE, tls.CERTIFICATE_FILE)):
+        with drafts(home) as scratch:
+            tls.TlsIdentity.create(scratch, SystemClock())
+    return tls.TlsIdentity.load(home, SystemClock())
 
 
 def roster_file(home: Path, federation: str) -> Path:

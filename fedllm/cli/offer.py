@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fedllm.clock import SystemClock
 from fedllm.errors import ConfigError, NotFound
 from fedllm.identity import Roster, VerifyKey
 from fedllm.ids import OwnerId, check_name
+
+if TYPE_CHECKING:
+    from fedllm.relay.tls import Certificate
 
 VERSION = 1
 _TYPES = {
     "fedllm_join": int, "federation": str, "coordinator_key": str, "superlink": str, "transport": str, "base": str,
     "max_tokens": int, "roster": dict,
 }  # fmt: skip
+_DIRECT_TYPES = {"direct": str, "certificate": str}
+"""Keys that a join file has if its transport is direct, and only then."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,10 @@ class Offer:
         Digest of the base model that is fine-tuned.
     max_tokens : int
     roster : Roster
+    direct : str or None
+        Address that the owner dials; on the direct transport only.
+    certificate : Certificate or None
+        The coordinator's, for TLS; on the direct transport only.
     """
 
     federation: str
@@ -41,6 +51,8 @@ class Offer:
     base: str
     max_tokens: int
     roster: Roster
+    direct: str | None = None
+    certificate: Certificate | None = None
 
 
 def read_offer(file: Path) -> Offer:
@@ -63,9 +75,10 @@ def read_offer(file: Path) -> Offer:
         raise _wrong(file, "no key 'fedllm_join'")
     if table["fedllm_join"] != VERSION:
         raise _wrong(file, f"version {table['fedllm_join']!r} found, {VERSION} read here")
-    for key in sorted(set(table) ^ set(_TYPES)):
+    types = _TYPES | (_DIRECT_TYPES if table.get("transport") == "direct" else {})
+    for key in sorted(set(table) ^ set(types)):
         raise _wrong(file, f"{'unknown' if key in table else 'missing'} key {key!r}")
-    for key, kind in _TYPES.items():
+    for key, kind in types.items():
         if not isinstance(table[key], kind) or isinstance(table[key], bool):
             raise _wrong(file, f"{key!r} is a {type(table[key]).__name__}, {kind.__name__} expected")
     return Offer(
@@ -76,7 +89,15 @@ def read_offer(file: Path) -> Offer:
         base=table["base"],
         max_tokens=table["max_tokens"],
         roster=_roster(file, table["roster"]),
+        direct=table.get("direct"),
+        certificate=_certificate(file, table["certificate"]) if "certificate" in table else None,
     )
+
+
+def _certificate(file: Path, pem: str) -> Certificate:
+    from fedllm.relay.tls import parse_certificate
+
+    return parse_certificate(pem.encode("utf-8", "replace"), SystemClock(), source=f"'certificate' of {file}")
 
 
 def _roster(file: Path, table: dict[str, Any]) -> Roster:

@@ -1,18 +1,27 @@
-"""``fedllm round``: ask a running coordinator for rounds and look at them."""
+"""``fedllm round``: plan rounds, ask a running coordinator for them, and look at them."""
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from fedllm.cli.context import ControlApi, coordinator_settings, error_class, pick_federation
 from fedllm.cli.output import print_json, print_line, print_table, say
 from fedllm.cli.plain import Noun
+from fedllm.cli.simulate import failure, print_report
+from fedllm.cli.simulate import run as run_simulation
 from fedllm.errors import FedllmError, PolicyRefused, RoundAborted
+
+if TYPE_CHECKING:
+    from fedllm.config import FederationSettings
+    from fedllm.messages.plan import RoundPlan
+    from fedllm.simulate.report import SimulationReport
 
 app = Noun("Run rounds and look at them.")
 HOME = typer.Option(..., help="The coordinator's folder.")
@@ -48,6 +57,40 @@ def run(
     for each in done:
         if each["state"] == "ABORTED":
             raise _abort_error(each)
+
+
+@app.command("plan")
+def plan(
+    federation: str | None = typer.Argument(None, help="Federation, if there are several."),
+    home: Path = HOME,
+    test: bool = typer.Option(False, "--test", help="Run the plan on a toy task in this process first."),
+    as_json: bool = JSON,
+) -> None:
+    """Show the plan that the whole roster would get, and what it costs; nobody is contacted."""
+    from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD
+    from fedllm.privacy.mechanism import describe
+    from fedllm.server.app import load_federation
+    from fedllm.simulate.forecast import Forecast
+    from fedllm.simulate.world import whole_plan
+
+    settings, federations, _ = coordinator_settings(home)
+    loaded = load_federation(pick_federation(federations, federation), settings.home)
+    made = whole_plan(loaded)
+    forecast = Forecast.of(made, loaded.roster)
+    tested = _tested(loaded.settings, made) if test else None
+    epsilon = forecast.mechanism["epsilon"]
+    cost = describe(math.inf if epsilon is None else epsilon, made.mechanism.delta, UNIT_RECORD, RELATION_ADD_REMOVE)
+    if as_json:
+        print_json({**asdict(forecast), "test": None if tested is None else tested.to_json()})
+    else:
+        facts = [(k, v) for k, v in asdict(forecast).items() if k not in {"federation", "mechanism"}]
+        print_table(f"{forecast.federation}: the next round, with everybody", ("what", "value"), facts)
+        print_line(f"one round costs {cost}" if made.mechanism.kind != "none" else "no differential privacy")
+        if tested is not None:
+            print_report(tested)
+    error = None if tested is None else failure(tested)
+    if error is not None:
+        raise error
 
 
 @app.command("list")
@@ -99,6 +142,14 @@ def abort(
 def _connect(home: Path, federation: str | None) -> tuple[ControlApi, str]:
     settings, federations, _ = coordinator_settings(home)
     return ControlApi(settings), pick_federation(federations, federation).name
+
+
+def _tested(settings: FederationSettings, made: RoundPlan) -> SimulationReport:
+    """Run one round of this plan on the toy task, with as many owners and entries and the same mechanism."""
+    from fedllm.client.pipeline import update_codec
+    from fedllm.simulate.fates import Chances, drawn
+
+    return run_simulation(settings, dim=update_codec(made).layout_size, rounds=1, fates=drawn(0, Chances()), seed=0)
 
 
 def _follow(api: ControlApi, name: str, before: set[int], rounds: int) -> list[dict[str, Any]]:

@@ -17,14 +17,15 @@ from fedllm.client.sandbox import Isolation, confined, probe, python_reads
 from fedllm.client.status import Status, write_status
 from fedllm.client.trainer import Trainer
 from fedllm.clock import Clock, SystemClock, iso_utc
-from fedllm.config import ClientSettings
+from fedllm.config import TRANSPORTS, ClientSettings
 from fedllm.errors import ConfigError
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
 from fedllm.ids import FederationName, OwnerId, check_name
 from fedllm.privacy.ledger import Ledger
-from fedllm.relay.node import owner_processes, programs_dir
+from fedllm.relay.node import dial_process, owner_processes, programs_dir
 from fedllm.relay.processes import Supervised
 from fedllm.relay.service import serve_deliver
+from fedllm.relay.tls import TlsIdentity, read_certificate
 from fedllm.rng import OsRng
 
 _LOG = logging.getLogger(__name__)
@@ -35,9 +36,12 @@ SOCKET = Path("relay") / "relay.sock"
 """Below the owner's folder; in a folder of its own, so that its user alone can reach it."""
 RUN_DIR = "flower"
 """Below the owner's folder: all that SuperNode and relay may write."""
-FLOWER_HOLD_S = 20.0
-"""An exchange over Flower costs seconds: a request for unfinished work waits so long before it is put off."""
-_TRANSPORTS = ("flower", "local")
+DIRECT_DIR = "direct"
+"""Below the owner's folder: where the dialling process runs; it writes nothing."""
+COORDINATOR_CERTIFICATE = "coordinator.pem"
+"""Below the owner's folder: the one certificate that the dialling process accepts."""
+HOLD_S = 20.0
+"""A request for unfinished work waits so long before it is put off: training that ends meanwhile saves an exchange."""
 _PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "SSL_CERT_FILE", "no_proxy", "NO_PROXY")
 """Environment of the relay's processes; nothing else of this process's goes to it."""
 
@@ -50,8 +54,8 @@ def run(settings: ClientSettings) -> None:
     FedllmError
         If anything that the daemon needs is missing or wrong; the status file says ``stopped`` then.
     """
-    if settings.transport not in _TRANSPORTS:
-        raise ConfigError(f"transport {settings.transport!r}: {' or '.join(_TRANSPORTS)} allowed")
+    if settings.transport not in TRANSPORTS:
+        raise ConfigError(f"transport {settings.transport!r}: {', '.join(TRANSPORTS)} allowed", hint="see client.toml")
     check_name(settings.owner, what="owner")
     # read by OpenMP when torch is first imported, which has not happened yet
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -91,6 +95,7 @@ async def _serve(settings: ClientSettings, clock: Clock) -> None:
     check_own_key(roster, OwnerId(settings.owner), identity)  # before a model is loaded for nothing
     policy = OwnerPolicy.load(settings.home / POLICY_FILE)
     coordinator = VerifyKey.parse(settings.coordinator_key)
+    relay = _relay_processes(settings, reporter.isolation, clock)
     reporter.say("loading")
     try:
         loading = asyncio.create_task(asyncio.to_thread(_load_trainer, settings))
@@ -115,10 +120,9 @@ async def _serve(settings: ClientSettings, clock: Clock) -> None:
             clock=clock,
             rng=OsRng(),
             release=metadata.version("fedllm"),
-            hold_s=FLOWER_HOLD_S if settings.transport == "flower" else 0.0,
+            hold_s=0.0 if settings.transport == "local" else HOLD_S,
         )  # fmt: skip
         server = await serve_deliver(settings.home / SOCKET, daemon.handle)
-        relay = _relay_processes(settings, reporter.isolation) if settings.transport == "flower" else ()
         keeping = [asyncio.create_task(process.keep(clock)) for process in relay]
         try:
             reporter.say("ready", trainer.records)
@@ -146,19 +150,35 @@ def _load_trainer(settings: ClientSettings) -> Trainer:
     )
 
 
-def _relay_processes(settings: ClientSettings, isolation: Isolation) -> tuple[Supervised, ...]:
-    """Return SuperNode and app host, with read access to Python and their own folder only where the system lets us."""
-    run_dir = settings.home / RUN_DIR
+def _relay_processes(settings: ClientSettings, isolation: Isolation, clock: Clock) -> tuple[Supervised, ...]:
+    """Return what carries messages for the daemon, not started: with read access to Python and its own only.
+
+    Raises
+    ------
+    NotFound, ConfigError, AuthenticationError
+        If a certificate or the TLS key that the direct transport needs is missing or wrong.
+    """
+    if settings.transport == "local":
+        return ()
+    run_dir = settings.home / (RUN_DIR if settings.transport == "flower" else DIRECT_DIR)
+    write = [run_dir] if settings.transport == "flower" else []
 
     def confine(command: list[str]) -> list[str]:
         if isolation.kind != "landlock":
             return command
-        return confined(command, read=[*python_reads(), programs_dir(run_dir)], write=[run_dir])
+        return confined(command, read=[*python_reads(), programs_dir(run_dir)], write=write)
 
     if isolation.kind != "landlock":
         telemetry.event(_LOG, "relay not isolated", level=logging.WARNING, why=isolation.why)
+    environ = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    if settings.transport == "direct":
+        dialler = dial_process(
+            run_dir, address=settings.direct, identity=TlsIdentity.load(settings.home, clock),
+            coordinator=read_certificate(settings.home / COORDINATOR_CERTIFICATE, clock),
+            daemon_socket=settings.home / SOCKET, environ=environ, log=settings.home / "dial.log", confine=confine,
+        )  # fmt: skip
+        return (dialler,)
     return owner_processes(
         run_dir, superlink=settings.superlink, port=settings.node_port, daemon_socket=settings.home / SOCKET,
-        environ={name: os.environ[name] for name in _PASSED_ON if name in os.environ},
-        log=settings.home / "supernode.log", confine=confine,
+        environ=environ, log=settings.home / "supernode.log", confine=confine,
     )  # fmt: skip

@@ -11,52 +11,50 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedllm import telemetry, wire
-from fedllm.client.pipeline import OwnerSums
-from fedllm.client.policy import OwnerPolicy, check_plan, open_head
+from fedllm import telemetry
+from fedllm.client.kept import ANSWERS_FILE, UPDATE_FILE, Answers, Kept, UpdateStore
+from fedllm.client.outbox import Outbox
+from fedllm.client.pipeline import Observer, OwnerSums
+from fedllm.client.policy import OwnerPolicy, check_plan, check_retry, open_head
 from fedllm.client.records import ACCEPTED_FILE, AUDIT_FILE, ROUNDS_FILE, AuditLog, LastAccepted, RoundsLog
-from fedllm.client.round import OwnerRound, ScoreBook
+from fedllm.client.round import Answer, OwnerRound, ScoreBook
 from fedllm.client.trainer import Trainer
 from fedllm.clock import Clock
 from fedllm.errors import (
+    AlreadyUnmasked,
     AuthenticationError,
-    BudgetExhausted,
-    DigestMismatch,
     FedllmError,
     PolicyRefused,
-    ProtocolError,
     StepMismatch,
-    VersionUnsupported,
 )
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
-from fedllm.ids import Digest, FederationName, OwnerId, sha256
-from fedllm.messages.envelope import COORDINATOR, ENVELOPE_VERSION, REQUEST_ID_BYTES, Envelope, seal, unseal
+from fedllm.ids import FederationName, OwnerId
+from fedllm.messages.envelope import COORDINATOR, Envelope, unseal
+from fedllm.messages.plan import RoundPlan, SignedPlan
 from fedllm.messages.round import (
     Begin,
     Body,
     Close,
     Closed,
+    FetchAdvertise,
     Hello,
     HelloReply,
-    Pending,
-    Refused,
+    Retry,
     Started,
     decode_body,
 )
+from fedllm.messages.secagg import PURPOSE_UPDATE
 from fedllm.privacy.ledger import Ledger
+from fedllm.relay.carrier import Reply
 from fedllm.rng import Rng
 
 _LOG = logging.getLogger(__name__)
 _ANYBODY = ""
 """Receiver of a ``Hello``, which asks a node who is there."""
-_TELLABLE = (PolicyRefused, AuthenticationError, ProtocolError, DigestMismatch)
-"""Errors whose message speaks of plans, keys and steps only; of all others the coordinator learns the code."""
-_NOT_RECORDED = (Hello, HelloReply, Pending, Refused)
-_HOLD_STEP_S = 0.05
 _NOT_COMPLETED = frozenset({"aborted", "replaced", "stopped"})
 
 
@@ -77,7 +75,7 @@ class Daemon:
     owner : OwnerId
     federation : FederationName
     home : Path
-        Folder of the audit log, the rounds log and the last round accepted.
+        Folder of the audit log, the rounds log, the last round accepted, and what is kept of the round under way.
     identity : SigningIdentity
         This owner's own key.
     roster : Roster
@@ -95,8 +93,10 @@ class Daemon:
     worker : Executor, optional
         Runs training and scoring; one thread of its own by default.
     hold_s : float
-        A request for unfinished work waits up to so long for it before it is told ``Pending``: where an
-        exchange costs seconds, that saves one.
+        A request that starts work, or asks for it, waits up to so long for its end before it is told to ask
+        again: where an exchange costs seconds, that saves one.
+    observer : Observer, optional
+        For simulations, see `fedllm.client.pipeline.Observer`.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class Daemon:
         release: str = "",
         worker: Executor | None = None,
         hold_s: float = 0.0,
+        observer: Observer | None = None,
     ) -> None:
         check_own_key(roster, owner, identity)
         self._owner = owner
@@ -131,14 +132,16 @@ class Daemon:
         self._release = release
         self._worker = worker or ThreadPoolExecutor(1, thread_name_prefix="trainer")
         self._hold_s = hold_s
-        self._audit = AuditLog(home / AUDIT_FILE, clock)
+        self._out = Outbox(owner, identity, AuditLog(home / AUDIT_FILE, clock))
         self._rounds = RoundsLog(home / ROUNDS_FILE, clock)
         self._accepted = LastAccepted(home / ACCEPTED_FILE)
+        self._store = UpdateStore(home / UPDATE_FILE)
+        self._answers = Answers(home / ANSWERS_FILE)
+        self._observer = observer
         self._scores = ScoreBook(trainer)
-        self._round: OwnerRound | None = None
-        self._answered: dict[bytes, tuple[Digest, bytes]] = {}
         self._last_train_s = 0.0
         self._lock = asyncio.Lock()
+        self._round: OwnerRound | None = self._restored()
 
     def __repr__(self) -> str:
         return f"Daemon({self._owner!r}, {self._federation!r}, {self._round!r})"
@@ -148,7 +151,7 @@ class Daemon:
         """The round under way, None between rounds."""
         return None if self._round is None else self._round.plan.round
 
-    async def handle(self, data: bytes) -> bytes:
+    async def handle(self, data: bytes) -> Reply:
         """Return the sealed reply to one sealed request; never raises for anything the sender can cause.
 
         Raises
@@ -159,29 +162,31 @@ class Daemon:
         try:
             envelope = self._unseal(data)
         except FedllmError as error:
-            telemetry.event(_LOG, "refused unopened", level=logging.WARNING, code=error.code, bytes=len(data))
-            return self._leave(self._stranger(), self._unopened(error))
+            return self._out.unopened(self._federation, error, len(data))
         try:
             body = decode_body(envelope.kind, envelope.body)
-            await self._hold(body)
             async with self._lock:
-                recorded = self._recorded(envelope)
+                recorded = self._out.again(envelope)
                 if recorded is not None:
-                    self._audit.sent("again", envelope.round, recorded)
                     return recorded
-                return self._leave(envelope, await self._answer(envelope, body))
+                answer = await self._answer(envelope, body)
+                work = self._round.working(answer.body) if self._round is not None else None
+            if work is not None and self._hold_s > 0:
+                await _ended(work, self._hold_s)
+            async with self._lock:
+                # the same request may have come twice, and have been answered while this one was held
+                return self._out.again(envelope) or self._out.leave(envelope, self._with_result(envelope, answer))
         except FedllmError as error:
-            return self._leave(envelope, self._refusal(envelope, error))
-        except Exception as error:  # noqa: BLE001 - the boundary: what went wrong inside is nobody's business outside
-            telemetry.event(
-                _LOG, "request failed", level=logging.ERROR, kind=envelope.kind, error=type(error).__name__,
-            )  # fmt: skip
-            _LOG.debug("request failed", exc_info=error)
-            return self._leave(envelope, Refused("failed", type(error).__name__, None))
+            return self._out.refuse(envelope, error)
+        except Exception as error:  # noqa: BLE001 - the boundary: the sender never sees what broke
+            return self._out.fail(envelope, error)
 
     async def close(self) -> None:
-        """Forget the round under way and stop the worker."""
+        """Overwrite the secrets of the round under way and stop the worker."""
         async with self._lock:
+            if self._round is not None and self._round.train_s is not None:
+                self._round.close()  # what it trained stays on disk: after a restart it may be in the next attempt
+                self._round = None
             await self._end_round("stopped", "the daemon was stopped")
         self._worker.shutdown(wait=False, cancel_futures=True)
 
@@ -194,29 +199,18 @@ class Daemon:
                 raise
             return envelope
 
-    def _recorded(self, envelope: Envelope) -> bytes | None:
-        """Return the reply that this very request got before."""
-        found = self._answered.get(envelope.request)
-        if found is None:
-            return None
-        asked, reply = found
-        if asked != sha256(envelope.body):
-            raise StepMismatch("a request came again under its old id with another content")
-        return reply
-
-    async def _hold(self, body: Body) -> None:
-        left_s = self._hold_s
-        while left_s > 0 and self._round is not None and self._round.working(body) is not None:
-            await asyncio.sleep(_HOLD_STEP_S)
-            left_s -= _HOLD_STEP_S
-
-    async def _answer(self, envelope: Envelope, body: Body) -> Body:
+    async def _answer(self, envelope: Envelope, body: Body) -> Answer:
         if envelope.federation != self._federation:
             raise PolicyRefused(f"this owner takes no part in a federation {envelope.federation[:64]!r}")
         special = self._SPECIAL.get(type(body))
         if special is not None:
-            return await special(self, envelope, body)
+            return Answer(await special(self, envelope, body))
         return self._active(envelope).answer(body)
+
+    def _with_result(self, envelope: Envelope, answer: Answer) -> Answer:
+        """Return what the work that `answer` announces came to, if it has ended by now."""
+        step = self._round.finished(answer.body) if self._round is not None else None
+        return answer if step is None else self._active(envelope).answer(step)
 
     def _active(self, envelope: Envelope) -> OwnerRound:
         if self._round is None:
@@ -234,29 +228,79 @@ class Daemon:
         return HelloReply(self._owner, body.challenge, self._release)
 
     async def _begin(self, envelope: Envelope, body: Begin) -> Body:
-        plan = body.plan.open(self._coordinator)
-        if (plan.federation, plan.round) != (envelope.federation, envelope.round):
-            raise StepMismatch(f"the plan is for round {plan.round} of {plan.federation!r}, its envelope is not")
-        if self._round is not None and self._round.plan.digest == plan.digest:
+        plan = self._opened(envelope, body.plan)
+        if self._round is not None and self._round.begun == plan.digest:
             return Started(self._last_train_s)
+        before = body.previous
+        if before is not None and self._round is not None and self._round.plan.round == before.round:
+            await self._end_round(before.outcome[:64], before.reason[:500] if before.reason else None)
         check_plan(
             plan, self._policy, roster=self._roster, base=self._trainer.base, owner=self._owner,
             last_round=max(self._accepted.of(plan.federation), self._charged(plan.federation)),
         )  # fmt: skip
         head = open_head(plan, body.head)
-        sums = OwnerSums(plan, self._owner, identity=self._identity, roster=self._roster, rng=self._rng)
+        sums = self._sums(plan)
         await asyncio.to_thread(
             self._ledger.reserve, federation=plan.federation, round_number=plan.round, plan_digest=plan.digest,
             mechanism=plan.mechanism,
         )  # fmt: skip
         await self._end_round("replaced", f"round {plan.round} began")
         self._accepted.accept(plan.federation, plan.round)
+        self._answers.clear()
         self._round = OwnerRound(
             plan, head, self._owner, sums=sums, trainer=self._trainer, scores=self._scores, worker=self._worker,
-            clock=self._clock, rng=self._rng,
+            clock=self._clock, rng=self._rng, keep=lambda local: self._store.save(Kept(body.plan, body.head, local)),
         )  # fmt: skip
         telemetry.event(_LOG, "round accepted", federation=plan.federation, round=plan.round, plan=plan.digest[:16])
         return Started(self._last_train_s)
+
+    async def _retry(self, envelope: Envelope, body: Retry) -> Body:
+        plan = self._opened(envelope, body.plan)
+        if plan.round == self._accepted.of(plan.federation) and self._answers.unmasked(PURPOSE_UPDATE):
+            raise AlreadyUnmasked(
+                f"attempt {plan.attempt} at round {plan.round}: this owner has opened a sum with that update",
+                hint="an update is in one opened sum at most; plan a new round",
+            )
+        going = self._active(envelope)
+        if going.plan.digest != plan.digest:
+            check_retry(plan, going.plan, self._policy, roster=self._roster, owner=self._owner)
+            going.retry(plan, self._sums(plan))
+            self._out.forget()
+            telemetry.event(_LOG, "attempt accepted", round=plan.round, attempt=plan.attempt, plan=plan.digest[:16])
+        return going.answer(FetchAdvertise()).body
+
+    def _opened(self, envelope: Envelope, signed: SignedPlan) -> RoundPlan:
+        plan = signed.open(self._coordinator)
+        if (plan.federation, plan.round) != (envelope.federation, envelope.round):
+            raise StepMismatch(f"the plan is for round {plan.round} of {plan.federation!r}, its envelope is not")
+        return plan
+
+    def _sums(self, plan: RoundPlan) -> OwnerSums:
+        return OwnerSums(
+            plan, self._owner, identity=self._identity, roster=self._roster, rng=self._rng, answers=self._answers,
+            observer=self._observer,
+        )  # fmt: skip
+
+    def _restored(self) -> OwnerRound | None:
+        """Return the round whose update an earlier process of this daemon trained, if it may still be asked for."""
+        kept = self._store.load()
+        if kept is None:
+            return None
+        try:
+            plan = kept.plan.open(self._coordinator)
+            head = open_head(plan, kept.head)
+            if plan.round != self._accepted.of(plan.federation) or self._answers.unmasked(PURPOSE_UPDATE):
+                raise StepMismatch(f"round {plan.round} is over here")
+            sums = self._sums(plan)
+        except FedllmError as error:  # another coordinator, roster or release than before: nothing to go on with
+            telemetry.event(_LOG, "kept update is of no use", level=logging.WARNING, code=error.code)
+            self._store.forget()
+            return None
+        telemetry.event(_LOG, "update kept from before the restart", round=plan.round, plan=plan.digest[:16])
+        return OwnerRound(
+            plan, head, self._owner, sums=sums, trainer=self._trainer, scores=self._scores, worker=self._worker,
+            clock=self._clock, rng=self._rng, keep=lambda _local: None, local=kept.local,
+        )  # fmt: skip
 
     def _charged(self, federation: str) -> int:
         """Return the last round the ledger was charged for: a charged round is never trained a second time."""
@@ -272,56 +316,30 @@ class Daemon:
 
     async def _end_round(self, outcome: str, reason: str | None) -> None:
         over, self._round = self._round, None
-        self._answered.clear()
+        self._out.forget()
         if over is None:
             return
         over.close()
+        self._store.forget()
         self._last_train_s = over.train_s or self._last_train_s
         settled = "aborted" if outcome in _NOT_COMPLETED else "completed"
-        await asyncio.to_thread(self._ledger.settle, over.plan.digest, settled)
+        await asyncio.to_thread(self._ledger.settle, over.begun, settled)
         spent = await asyncio.to_thread(self._ledger.spent)
         budget = {"epsilon": spent if math.isfinite(spent) else None, "delta": self._ledger.delta}
         self._rounds.ended({**over.result(), "outcome": outcome, "reason": reason, **budget})
         telemetry.event(_LOG, "round ended", round=over.plan.round, outcome=outcome)
 
-    def _refusal(self, envelope: Envelope, error: FedllmError) -> Refused:
-        telemetry.event(
-            _LOG, "refused", level=logging.WARNING, kind=envelope.kind, round=envelope.round, code=error.code,
-            why=error.message,
-        )  # fmt: skip
-        if isinstance(error, BudgetExhausted):
-            return Refused(error.code, "this owner's privacy budget does not cover the round", None)
-        if isinstance(error, _TELLABLE):
-            return Refused(error.code, error.message, error.hint)
-        return Refused(error.code, "this owner could not do it; its own log says why", None)
-
-    @staticmethod
-    def _unopened(error: FedllmError) -> Refused:
-        # one answer to every kind of wrong bytes, so that they cannot be used to ask questions
-        if isinstance(error, VersionUnsupported):
-            return Refused(error.code, error.message, error.hint)
-        return Refused(AuthenticationError.code, "not a request of the pinned coordinator to this owner", None)
-
-    def _stranger(self) -> Envelope:
-        return Envelope(
-            ENVELOPE_VERSION, "", self._federation, 0, COORDINATOR, self._owner, bytes(REQUEST_ID_BYTES), b""
-        )
-
-    def _leave(self, request: Envelope, reply: Body) -> bytes:
-        """Seal a reply, write it down and remember it: nothing leaves by another way."""
-        kind = type(reply).__name__
-        envelope = Envelope(
-            ENVELOPE_VERSION, kind, request.federation, request.round, self._owner, COORDINATOR, request.request,
-            wire.encode(reply),
-        )  # fmt: skip
-        sealed = seal(envelope, self._identity)
-        self._audit.sent(kind, request.round, sealed)
-        if not isinstance(reply, _NOT_RECORDED):
-            self._answered[request.request] = (sha256(request.body), sealed)
-        return sealed
-
     _SPECIAL: ClassVar[dict[type, Callable[[Daemon, Envelope, Any], Awaitable[Body]]]] = {
         Hello: _hello,
         Begin: _begin,
+        Retry: _retry,
         Close: _close,
     }
+
+
+async def _ended(work: Future[Any], within_s: float) -> None:
+    """Return when the work has ended, well or badly, or the time is over."""
+    waiting = asyncio.wrap_future(work)
+    await asyncio.wait({waiting}, timeout=within_s)
+    if waiting.done() and not waiting.cancelled():
+        waiting.exception()  # retrieved here; whoever asks for the result gets it again

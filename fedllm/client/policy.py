@@ -12,11 +12,23 @@ from typing import Any
 
 from fedllm.adapter import AdapterState
 from fedllm.aggregation.methods import get_method
+from fedllm.aggregation.secagg import graph
 from fedllm.config import settle, unknown_key
-from fedllm.errors import BaseMismatch, ConfigError, DigestMismatch, NotFound, PolicyRefused, StepMismatch
+from fedllm.errors import (
+    BaseMismatch,
+    CohortRefused,
+    ConfigError,
+    DigestMismatch,
+    NotFound,
+    PlanChanged,
+    PolicyRefused,
+    RosterMismatch,
+    RoundReplayed,
+    ThresholdRefused,
+)
 from fedllm.identity import Roster
 from fedllm.ids import Digest, OwnerId, check_digest
-from fedllm.messages.plan import RoundPlan, honest_threshold
+from fedllm.messages.plan import RoundPlan
 
 LEAST_SURVIVORS = 3
 """Of a sum of two, each owner could subtract its own and read the other's."""
@@ -47,6 +59,9 @@ class OwnerPolicy:
         Fewer owners in a round, or in an opened sum, are refused; never under 3 survivors.
     max_rank, max_tokens, max_local_steps : int
         Bounds of what a plan may make this machine do.
+    min_corruption : float
+        Where a cohort is too large for the complete graph: the share of owners that must be assumed to collude
+        with the coordinator.
     max_size_ratio : float
         Largest over smallest declared size in a cohort: a plan that weighs the others to nothing would open one
         owner's update as a "sum".
@@ -63,6 +78,7 @@ class OwnerPolicy:
     max_tokens: int = 4096
     max_local_steps: int = 1000
     max_size_ratio: float = 20.0
+    min_corruption: float = 0.05
 
     def __post_init__(self) -> None:
         """Refuse limits that limit nothing."""
@@ -163,18 +179,22 @@ def check_plan(
 
     Raises
     ------
-    StepMismatch
+    RoundReplayed
         If the round is not a new one.
+    RosterMismatch, CohortRefused, ThresholdRefused
+        If its owners, or what keeps their sum secret, are not what was agreed to.
     BaseMismatch
         If the plan is for another base model.
     PolicyRefused
         If it breaks any other limit.
     """
     if plan.round <= last_round:
-        raise StepMismatch(
+        raise RoundReplayed(
             f"round {plan.round} of {plan.federation!r} is not new: round {last_round} was accepted here already",
             hint="a round is never run twice; plan a new one",
         )
+    if plan.attempt != 1:
+        raise RoundReplayed(f"round {plan.round} begins with attempt {plan.attempt}, 1 expected")
     _check_cohort(plan, policy, roster, owner)
     _check_base(plan, policy, base)
     _check_privacy(plan, policy)
@@ -182,25 +202,65 @@ def check_plan(
     _check_work(plan, policy)
 
 
+def check_retry(plan: RoundPlan, before: RoundPlan, policy: OwnerPolicy, *, roster: Roster, owner: OwnerId) -> None:
+    """Return if `plan` is a further attempt at the sum of the update that was trained for `before`.
+
+    Only what an attempt must change may differ: nonce, cohort (which only shrinks), and what follows from it.
+    The caller checks that this owner has not helped to open a sum with the update yet.
+
+    Raises
+    ------
+    RoundReplayed
+        If the attempt is not a later one.
+    PlanChanged
+        If it is for another update.
+    RosterMismatch, CohortRefused, ThresholdRefused, PolicyRefused
+        As in `check_plan`.
+    """
+    if plan.attempt <= before.attempt:
+        raise RoundReplayed(f"attempt {plan.attempt} at round {plan.round}: attempt {before.attempt} was made already")
+    if plan.nonce == before.nonce:
+        raise PlanChanged(f"attempt {plan.attempt} at round {plan.round} has the nonce of the one before")
+    if plan.training() != before.training():
+        raise PlanChanged(
+            f"attempt {plan.attempt} at round {plan.round} is for another training than the one done here",
+            hint="another head, recipe or mechanism needs a round of its own",
+        )
+    joined = sorted(set(plan.cohort) - set(before.cohort))
+    if joined:
+        raise CohortRefused(f"attempt {plan.attempt} adds {joined[0]!r} to the cohort, which may only shrink")
+    for what, now, then in (
+        ("declared size", plan.declared_records, before.declared_records),
+        ("weight", plan.weights or {}, before.weights or {}),
+    ):
+        if any(now[each] != then.get(each) for each in now):
+            raise PlanChanged(f"attempt {plan.attempt} at round {plan.round} changes a {what}")
+    _check_cohort(plan, policy, roster, owner)
+
+
 def _check_cohort(plan: RoundPlan, policy: OwnerPolicy, roster: Roster, owner: OwnerId) -> None:
     if plan.roster != roster.digest:
-        raise PolicyRefused(
+        raise RosterMismatch(
             f"the plan's roster is {plan.roster[:16]}, the one approved here {roster.digest[:16]}",
             hint="compare the two rosters with the operator; approve a new one by hand",
         )
     strangers = sorted(set(plan.cohort) - {member.owner for member in roster.members})
     if strangers:
-        raise PolicyRefused(f"the plan's cohort names {strangers[0]!r}, who is not in the approved roster")
+        raise RosterMismatch(f"the plan's cohort names {strangers[0]!r}, who is not in the approved roster")
     if owner not in plan.cohort:
-        raise PolicyRefused(f"the plan's cohort does not name {owner!r}")
+        raise CohortRefused(f"the plan's cohort does not name {owner!r}")
     n = len(plan.cohort)
     if n < policy.min_cohort:
-        raise PolicyRefused(f"the plan's cohort has {n} owners, at least {policy.min_cohort} are required here")
-    if not honest_threshold(n) <= plan.threshold <= n:
-        raise PolicyRefused(f"the plan's threshold is {plan.threshold} of {n}, {honest_threshold(n)} to {n} allowed")
+        raise CohortRefused(f"the plan's cohort has {n} owners, at least {policy.min_cohort} are required here")
+    if plan.corruption < policy.min_corruption and plan.neighbours < n - 1:
+        raise ThresholdRefused(
+            f"the plan assumes {plan.corruption:.1%} of the owners to collude, "
+            f"at least {policy.min_corruption:.1%} is required here"
+        )
+    graph.check(n, plan.neighbours, plan.threshold, plan.corruption, plan.dropout)
     least = max(LEAST_SURVIVORS, policy.min_survivors)
     if not least <= plan.min_survivors <= n:
-        raise PolicyRefused(f"the plan opens a sum of {plan.min_survivors} owners, {least} to {n} allowed")
+        raise ThresholdRefused(f"the plan opens a sum of {plan.min_survivors} owners, {least} to {n} allowed")
 
 
 def _check_base(plan: RoundPlan, policy: OwnerPolicy, base: Digest) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from fedllm.clock import Clock, iso_utc
 from fedllm.errors import DiskFull, FedllmError, IntegrityError
 from fedllm.ids import sha256
+from fedllm.relay.carrier import Reply
 
 AUDIT_FILE = "audit.jsonl"
 ROUNDS_FILE = "rounds.jsonl"
@@ -24,10 +25,11 @@ def _append(path: Path, entry: dict[str, Any]) -> None:
         with os.fdopen(descriptor, "ab") as file:
             file.write(line.encode())
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise unwritable(path, error) from None
 
 
-def _unwritable(path: Path, error: OSError) -> FedllmError:
+def unwritable(path: Path, error: OSError) -> FedllmError:
+    """Return the error for a file that must be written before anything may leave, and cannot be."""
     if error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return DiskFull(f"no room to write {path}", hint="free some space; nothing left this machine meanwhile")
     return IntegrityError(f"cannot write {path}: {error.strerror}")
@@ -46,10 +48,14 @@ class AuditLog:
         self._path = path
         self._clock = clock
 
-    def sent(self, kind: str, round_number: int, data: bytes) -> None:
-        """Record a message; raise `DiskFull` or `IntegrityError` if that is impossible: then nothing may leave."""
-        entry = {"time": iso_utc(self._clock.now()), "kind": kind, "round": round_number, "bytes": len(data)}
-        _append(self._path, {**entry, "sha256": sha256(data)})
+    def sent(self, kind: str, round_number: int, reply: Reply) -> None:
+        """Record a message; raise `DiskFull` or `IntegrityError` if that is impossible: then nothing may leave.
+
+        The digest is of the sealed envelope, which names the digest of each part.
+        """
+        entry = {"time": iso_utc(self._clock.now()), "kind": kind, "round": round_number, "bytes": reply.size}
+        parts = {"parts": len(reply.parts)} if reply.parts else {}
+        _append(self._path, {**entry, **parts, "sha256": sha256(reply.head)})
 
 
 class RoundsLog:
@@ -115,4 +121,4 @@ class LastAccepted:
                 os.close(folder)
         except OSError as error:
             draft.unlink(missing_ok=True)
-            raise _unwritable(self._path, error) from None
+            raise unwritable(self._path, error) from None

@@ -1,7 +1,8 @@
 """One round at one owner: training and scoring in a worker, and the steps of its two masked sums.
 
-All secrets of a round live in this object's memory: when the daemon restarts in mid-round, this owner is a
-dropout of that round, and the others' shares let the sum be opened without it.
+All secrets of an attempt live in this object's memory: when the daemon restarts in mid-attempt, this owner is a
+dropout of it, and the others' shares let the sum be opened without it. The update it trained is kept on its disk,
+for the next attempt if there is one.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from fedllm.adapter import AdapterState
 from fedllm.aggregation.methods import get_method
+from fedllm.aggregation.secagg.masking import MaskedInput
 from fedllm.aggregation.vector import OwnerScores
-from fedllm.client.pipeline import OwnerSums, RingVector, encode_update
+from fedllm.client.kept import LocalUpdate
+from fedllm.client.pipeline import OwnerSums, local_update
 from fedllm.client.trainer import Scores, Trainer
 from fedllm.clock import Clock
-from fedllm.errors import StepMismatch
+from fedllm.errors import SharesUnopenable, StepMismatch, TwoViews
 from fedllm.ids import Digest, OwnerId
 from fedllm.messages.plan import RoundPlan
 from fedllm.messages.round import (
     Advertised,
     Body,
+    Complained,
     Confirm,
     Confirmed,
     Evaluate,
@@ -35,9 +39,11 @@ from fedllm.messages.round import (
     SendMasked,
     SharedKeys,
     ShareKeys,
+    Started,
     Unmask,
     Unmasked,
 )
+from fedllm.messages.secagg import PURPOSE_EVALUATION, PURPOSE_UPDATE
 from fedllm.rng import Rng
 
 T = TypeVar("T")
@@ -84,14 +90,11 @@ class ScoreBook:
         return self._known[state.digest]
 
 
-@dataclass(frozen=True)
-class _Prepared:
-    """What training left behind; the trained adapter itself is not kept."""
+class Answer(NamedTuple):
+    """A reply, and the chunks of a masked vector that its head names."""
 
-    values: RingVector = field(repr=False)
-    train_s: float
-    records: int
-    mean_loss: float | None
+    body: Body
+    parts: tuple[bytes, ...] = ()
 
 
 @dataclass
@@ -110,21 +113,26 @@ class _Progress:
 
 
 class OwnerRound:
-    """The state of one accepted round.
+    """The state of one accepted round, over all attempts at its sum.
 
     Parameters
     ----------
     plan : RoundPlan
-        Verified and within the owner's policy; its budget is reserved.
+        Verified and within the owner's policy; its budget is reserved. `retry` replaces it.
     head : AdapterState
         The global adapter that the plan names.
     owner : OwnerId
     sums : OwnerSums
+        Of the first attempt.
     trainer : Trainer
     scores : ScoreBook
     worker : Executor
         Runs training and scoring, one after the other.
     clock, rng
+    keep : Callable[[LocalUpdate], None]
+        Called once with what training made, before any of it is used.
+    local : LocalUpdate, optional
+        What an earlier process trained for this round: it is not trained again.
     """
 
     def __init__(
@@ -139,8 +147,11 @@ class OwnerRound:
         worker: Executor,
         clock: Clock,
         rng: Rng,
+        keep: Callable[[LocalUpdate], None],
+        local: LocalUpdate | None = None,
     ) -> None:
         self.plan = plan
+        self.begun = plan.digest
         self._head = head
         self._owner = owner
         self._sums = sums
@@ -149,26 +160,39 @@ class OwnerRound:
         self._worker = worker
         self._clock = clock
         self._rng = rng
+        self._keep = keep
         self._over = threading.Event()
         self._progress = _Progress("training", clock.monotonic(), 0, plan.recipe.steps)
         self._candidate: Digest | None = None
         self._scoring: Future[tuple[Scores, Scores]] | None = None
         self._prescored = False
-        self._training: Future[_Prepared] = worker.submit(self._train)
+        self._training: Future[LocalUpdate] = Future()
+        if local is None:
+            self._training = worker.submit(self._train)
+        else:
+            self._training.set_result(local)
 
     def __repr__(self) -> str:
-        return f"OwnerRound({self.plan.federation!r}, round {self.plan.round}, secrets redacted)"
+        plan = self.plan
+        return f"OwnerRound({plan.federation!r}, round {plan.round}, attempt {plan.attempt}, secrets redacted)"
+
+    def retry(self, plan: RoundPlan, sums: OwnerSums) -> None:
+        """Go on to the next attempt at the sum of the same update; the secrets of the one before are overwritten."""
+        self._sums.close()
+        self.plan, self._sums = plan, sums
 
     def working(self, body: Body) -> Future[Any] | None:
-        """Return the work whose end `body` asks for, None if it asks for none or the work is done."""
+        """Return the work that a reply says is under way, None if there is none or it is done."""
         future: Future[Any] | None = None
-        if isinstance(body, FetchAdvertise):
+        if isinstance(body, Started):
             future = self._training
-        elif isinstance(body, FetchScores):
+        elif isinstance(body, Scoring):
             future = self._scoring
+        elif isinstance(body, Pending):
+            future = self._scoring or self._training
         return future if future is not None and not future.done() else None
 
-    def answer(self, body: Body) -> Body:
+    def answer(self, body: Body) -> Answer:
         """Return the reply to one step.
 
         Raises
@@ -179,12 +203,21 @@ class OwnerRound:
         step = self._STEPS.get(type(body))
         if step is None:
             raise StepMismatch(f"{type(body).__name__} is not a step that an owner answers")
-        return step(self, body)
+        made = step(self, body)
+        return made if isinstance(made, Answer) else Answer(made)
+
+    def finished(self, reply: Body) -> Body | None:
+        """Return the step that asks for the end of the work that `reply` announces, None if it announces none."""
+        if isinstance(reply, Started | Pending) and self._scoring is None:
+            return FetchAdvertise() if self._training.done() else None
+        if isinstance(reply, Scoring | Pending) and self._scoring is not None:
+            return FetchScores() if self._scoring.done() else None
+        return None
 
     @property
     def train_s(self) -> float | None:
         """Seconds of training, None if it did not end well."""
-        return self._prepared.train_s if self._trained else None
+        return self._local.train_s if self._trained else None
 
     def result(self) -> dict[str, Any]:
         """Return this owner's own numbers of the round, None where it did not come so far; private."""
@@ -193,10 +226,11 @@ class OwnerRound:
         return {
             "federation": self.plan.federation,
             "round": self.plan.round,
+            "attempt": self.plan.attempt,
             "plan": self.plan.digest,
             "train_s": self.train_s,
-            "train_records": self._prepared.records if self._trained else None,
-            "train_loss": self._prepared.mean_loss if self._trained else None,
+            "train_records": self._local.records if self._trained else None,
+            "train_loss": self._local.mean_loss if self._trained else None,
             "heldout_records": candidate.records if candidate else None,
             "head_loss": head.mean_loss if head else None,
             "candidate_loss": candidate.mean_loss if candidate else None,
@@ -207,17 +241,16 @@ class OwnerRound:
         self._over.set()
         self._sums.close()
 
-    def _train(self) -> _Prepared:
+    def _train(self) -> LocalUpdate:
         self._check_wanted()
         began_s = self._progress.began_s = self._clock.monotonic()
-        factors = get_method(self.plan.method).trainable(self.plan.round)
-        trained = self._trainer.fit(self._head, self.plan, factors, self._rng, self._step_done)
-        train_s = self._clock.monotonic() - began_s
-        values = encode_update(
-            self.plan, self._owner, head=self._head, trained=trained.state, records=trained.records,
-            mean_loss=trained.mean_loss, rng=self._rng,
-        )  # fmt: skip
-        return _Prepared(values, train_s, trained.records, trained.mean_loss)
+        plan = self.plan
+        factors = get_method(plan.method).trainable(plan.round)
+        trained = self._trainer.fit(self._head, plan, factors, self._rng, self._step_done)
+        local = local_update(plan, head=self._head, trained=trained, train_s=self._clock.monotonic() - began_s)
+        self._check_wanted()
+        self._keep(local)
+        return local
 
     def _score(self, candidate: AdapterState) -> tuple[Scores, Scores]:
         self._check_wanted()
@@ -245,7 +278,7 @@ class OwnerRound:
         return self._training.done() and self._training.exception() is None
 
     @property
-    def _prepared(self) -> _Prepared:
+    def _local(self) -> LocalUpdate:
         if not self._training.done():
             raise StepMismatch("this owner is still training")
         return self._training.result()
@@ -253,20 +286,29 @@ class OwnerRound:
     def _advertise(self, _body: FetchAdvertise) -> Body:
         if not self._training.done():
             return self._progress.pending(self._clock.monotonic())
-        train_s = self._prepared.train_s
+        train_s = self._local.train_s
         update, evaluation = self._sums.advertise()
         return Advertised(update, evaluation, train_s)
 
     def _share(self, body: ShareKeys) -> Body:
         return SharedKeys(*self._sums.share_keys(body.update, body.evaluation))
 
-    def _mask(self, body: SendMasked) -> Body:
-        masked = Masked(self._sums.mask_update(self._prepared.values, body.update, body.evaluation))
+    def _mask(self, body: SendMasked) -> Answer:
+        masked = self._masked(PURPOSE_UPDATE, lambda: self._sums.mask_update(self._local, body.update, body.evaluation))
         if not self._prescored:
             # everybody has trained by now: score the head while the others' messages are on their way
             self._prescored = True
             self._worker.submit(self._score_head)
         return masked
+
+    def _masked(self, purpose: str, mask: Callable[[], MaskedInput]) -> Answer:
+        try:
+            masked = mask()
+        except SharesUnopenable as error:
+            if not error.dealers:
+                raise
+            return Answer(Complained(self._sums.complaint(purpose, error.dealers)))
+        return Answer(Masked(masked.head), masked.chunks)
 
     def _confirm(self, body: Confirm) -> Body:
         return Confirmed(self._sums.confirm(body.purpose, body.survivors))
@@ -279,7 +321,7 @@ class OwnerRound:
             raise StepMismatch("a candidate came before this owner's update was asked for")
         candidate = AdapterState.from_bytes(self.plan.spec, body.candidate)
         if self._candidate not in (None, candidate.digest):
-            raise StepMismatch("another candidate was scored in this round, and one round scores one")
+            raise TwoViews("another candidate was scored in this round, and one round scores one")
         if self._scoring is None:
             self._candidate = candidate.digest
             self._sums.bind_candidate(candidate.digest)
@@ -287,16 +329,16 @@ class OwnerRound:
             self._scoring = self._worker.submit(self._score, candidate)
         return Scoring(0.0)
 
-    def _fetch_scores(self, _body: FetchScores) -> Body:
+    def _fetch_scores(self, _body: FetchScores) -> Body | Answer:
         if self._scoring is None:
             raise StepMismatch("scores are asked for before a candidate came")
         if not self._scoring.done():
             return self._progress.pending(self._clock.monotonic())
         head, candidate = self._scoring.result()
         scores = OwnerScores(records=candidate.records, candidate_loss=candidate.mean_loss, head_loss=head.mean_loss)
-        return Masked(self._sums.mask_scores(scores))
+        return self._masked(PURPOSE_EVALUATION, lambda: self._sums.mask_scores(scores))
 
-    _STEPS: ClassVar[dict[type, Callable[[OwnerRound, Any], Body]]] = {
+    _STEPS: ClassVar[dict[type, Callable[[OwnerRound, Any], Body | Answer]]] = {
         FetchAdvertise: _advertise,
         ShareKeys: _share,
         SendMasked: _mask,

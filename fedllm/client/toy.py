@@ -2,6 +2,7 @@
 
 Every owner has its own linear map per adapted projection, mostly shared between owners; a record is one input
 and its noisy output under all of them. Real gradients, real clipping and real noise, in numpy and milliseconds.
+Thousands of owners in one process draw their records from one `ToyPool` instead, which is made once.
 """
 
 from __future__ import annotations
@@ -13,14 +14,37 @@ from numpy.typing import NDArray
 
 from fedllm.adapter import AdapterSpec, AdapterState, Factor
 from fedllm.client.trainer import Progress, Scores, Trained, check_steps, declared_size
+from fedllm.errors import NonFiniteUpdate
 from fedllm.ids import Digest, OwnerId, sha256
 from fedllm.messages.plan import RoundPlan
-from fedllm.privacy.clip import SLACK, clip_l2
+from fedllm.privacy.clip import SLACK
 from fedllm.privacy.noise import GaussianGrid
 from fedllm.rng import Rng, SeededRng, uniform_floats
 
 F64 = NDArray[np.float64]
+Rows = NDArray[np.intp]
 _HELD_OUT = 32
+
+
+@dataclass(frozen=True)
+class ToyPool:
+    """Records that many owners draw from: owner by owner another stretch of the same read-only arrays.
+
+    Parameters
+    ----------
+    records, held_out : int
+        Records to train on and to score on; an owner with more has some of them several times.
+    """
+
+    records: int = 16
+    held_out: int = 4
+    _data: dict[Digest, _Data] = field(default_factory=dict, repr=False, compare=False)
+
+    def of(self, spec: AdapterSpec) -> _Data:
+        """Return the arrays for one adapter, making them on first use."""
+        if spec.digest not in self._data:
+            self._data[spec.digest] = _Data.make(spec, "pool", self.records, self.held_out, 0.0)
+        return self._data[spec.digest]
 
 
 @dataclass(frozen=True)
@@ -36,19 +60,23 @@ class ToyTrainer:
     records : int
         Training records.
     difference : float
-        Share of an owner's map that other owners do not have.
+        Share of an owner's map that other owners do not have; unused with a pool.
+    pool : ToyPool, optional
+        Where the records are, instead of arrays of this owner's own.
     """
 
     base: Digest
     owner: OwnerId
     records: int = 40
     difference: float = 0.2
+    pool: ToyPool | None = None
     _data: dict[Digest, _Data] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def dataset(self) -> Digest:
         """Digest of what seeds the data."""
-        return sha256(f"toy/{self.owner}/{self.records}/{self.difference}".encode())
+        pooled = "" if self.pool is None else f"/{self.pool.records}"
+        return sha256(f"toy/{self.owner}/{self.records}/{self.difference}{pooled}".encode())
 
     def fit(
         self, head: AdapterState, plan: RoundPlan, factors: tuple[Factor, ...], rng: Rng, progress: Progress
@@ -62,12 +90,14 @@ class ToyTrainer:
         for step in range(steps):
             private = plan.mechanism.kind != "none"
             chosen = uniform_floats(rng, self.records) < (plan.mechanism.sample_rate if private else 1.0)
-            gradients, losses = _gradients(state, data.inputs[chosen], data.targets(chosen), factors)
+            rows, counts = np.unique((self._first + np.flatnonzero(chosen)) % data.inputs.shape[0], return_counts=True)
+            gradients, losses = _gradients(state, data.inputs[rows], data.targets(rows), factors)
             if private:
-                move = self._private_step(gradients, plan, rng)
+                move = self._private_step(gradients, counts, plan, rng)
             else:
-                loss += float(losses.mean()) / steps
-                move = gradients.mean(axis=0) * min(plan.recipe.learning_rate, 1.0) / _curvature(state)
+                share = counts / counts.sum()
+                loss += float(losses @ share) / steps
+                move = gradients.total(share) * min(plan.recipe.learning_rate, 1.0) / _curvature(state)
             flat = layout.flatten(state.factors).astype(np.float64) - move
             state = state.replace(layout.unflatten(flat.astype(np.float32)))
             progress(step + 1, steps)
@@ -77,12 +107,16 @@ class ToyTrainer:
         """Return the mean squared error on held-out records."""
         data = self._of(state.spec)
         _, losses = _gradients(state, data.held_inputs, data.held_targets, ())
-        return Scores(float(losses.mean()), _HELD_OUT, _HELD_OUT)
+        return Scores(float(losses.mean()), losses.size, losses.size)
 
-    def _private_step(self, gradients: F64, plan: RoundPlan, rng: Rng) -> F64:
+    @property
+    def _first(self) -> int:
+        # records of a pool begin elsewhere for each owner
+        return 0 if self.pool is None else int(sha256(self.owner.encode())[:8], 16)
+
+    def _private_step(self, gradients: _Gradients, counts: Rows, plan: RoundPlan, rng: Rng) -> F64:
         mechanism = plan.mechanism
-        clipped = [clip_l2(g, mechanism.clip_norm * (1 - SLACK))[0] for g in gradients]
-        total = np.sum(clipped, axis=0) if clipped else np.zeros(gradients.shape[1])
+        total = gradients.total(counts * gradients.clipping(mechanism.clip_norm * (1 - SLACK)))
         grid = GaussianGrid(mechanism.noise_multiplier * mechanism.clip_norm)
         grid.check(total.size, mechanism.clip_norm)
         scale = plan.recipe.learning_rate / mechanism.clip_norm
@@ -90,8 +124,10 @@ class ToyTrainer:
         return scaled
 
     def _of(self, spec: AdapterSpec) -> _Data:
+        if self.pool is not None:
+            return self.pool.of(spec)
         if spec.digest not in self._data:
-            self._data[spec.digest] = _Data.make(spec, self.owner, self.records, self.difference)
+            self._data[spec.digest] = _Data.make(spec, self.owner, self.records, _HELD_OUT, self.difference)
         return self._data[spec.digest]
 
 
@@ -104,14 +140,14 @@ class _Data:
     held_inputs: F64
     held_targets: dict[str, F64]
 
-    def targets(self, chosen: NDArray[np.bool_]) -> dict[str, F64]:
-        return {path: target[chosen] for path, target in self.outputs.items()}
+    def targets(self, rows: Rows) -> dict[str, F64]:
+        return {path: target[rows] for path, target in self.outputs.items()}
 
     @classmethod
-    def make(cls, spec: AdapterSpec, owner: OwnerId, records: int, difference: float) -> _Data:
+    def make(cls, spec: AdapterSpec, owner: str, records: int, held_out: int, difference: float) -> _Data:
         shared, own = SeededRng(f"toy/{spec.digest}"), SeededRng(f"toy/{spec.digest}/{owner}")
         width = max(in_dim for _, in_dim in spec.modules.values())
-        count = records + _HELD_OUT
+        count = records + held_out
         x = _normal(own, (count, width))
         targets: dict[str, F64] = {}
         for name, (_, cols) in spec.layout(("A",)).entries:
@@ -126,17 +162,49 @@ class _Data:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Gradients:
+    """Gradients record by record: for each factor, in the layout's order, the outer products of two rows.
+
+    A record's gradient of a LoRA factor has rank one, so that its norm is the product of two and a sum over
+    records is one matrix product: nothing of shape ``(records, size)`` is ever made.
+
+    Attributes
+    ----------
+    parts : list[tuple[F64, F64]]
+        ``(records, rows)`` and ``(records, columns)`` of each factor.
+    """
+
+    parts: list[tuple[F64, F64]]
+
+    def total(self, weights: F64) -> F64:
+        """Return the weighted sum over records, flat in the layout's order."""
+        return np.concatenate([((left * weights[:, None]).T @ right).ravel() for left, right in self.parts])
+
+    def clipping(self, max_norm: float) -> F64:
+        """Return the factor, 1 at most, that brings each record's gradient to an L2 norm of at most `max_norm`."""
+        squares = [(left * left).sum(axis=1) * (right * right).sum(axis=1) for left, right in self.parts]
+        norms = np.sqrt(np.sum(squares, axis=0))
+        if not np.isfinite(norms).all():
+            raise NonFiniteUpdate("a record's gradient is not finite and cannot be clipped")
+        factors: F64 = max_norm / np.maximum(norms, max_norm)
+        return factors
+
+
 def _normal(rng: SeededRng, shape: tuple[int, int]) -> F64:
     # Irwin-Hall: twelve uniforms are normal enough for made-up data
-    return np.asarray(uniform_floats(rng, 12 * shape[0] * shape[1]).reshape(12, *shape).sum(axis=0) - 6.0)
+    total = np.full(shape, -6.0)
+    for _ in range(12):
+        total += uniform_floats(rng, total.size).reshape(shape)
+    return total
 
 
 def _gradients(
     state: AdapterState, inputs: F64, targets: dict[str, F64], factors: tuple[Factor, ...]
-) -> tuple[F64, F64]:
-    """Return per-record gradients ``(records, size)`` in the layout's order, and per-record losses."""
+) -> tuple[_Gradients, F64]:
+    """Return per-record gradients of `factors`, and per-record losses ``(records,)``."""
     spec, count = state.spec, inputs.shape[0]
-    parts: list[F64] = []
+    parts: list[tuple[F64, F64]] = []
     losses = np.zeros(count)
     outputs = sum(target.shape[1] for target in targets.values())
     for path, target in targets.items():
@@ -148,10 +216,10 @@ def _gradients(
         losses += (error * error).sum(axis=1) / outputs
         back = 2 * spec.scaling * error / outputs
         if "A" in factors:
-            parts.append(((back @ b)[:, :, None] * x[:, None, :]).reshape(count, -1))
+            parts.append((back @ b, x))
         if "B" in factors:
-            parts.append((back[:, :, None] * low[:, None, :]).reshape(count, -1))
-    return (np.concatenate(parts, axis=1) if parts else np.zeros((count, 0))), losses
+            parts.append((back, low))
+    return _Gradients(parts), losses
 
 
 def _curvature(state: AdapterState) -> float:

@@ -9,6 +9,7 @@ Renyi accounting (Mironov et al. 2019, arXiv 1908.10530), also an upper bound, w
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,6 +24,7 @@ _HEAVY = 1000.0
 """Expected loss without sampling from which on that is looked at first."""
 _TINY = 1e-2  # below it the square may vanish
 _Steps = tuple[tuple[float, float, int], ...]
+_pricing = threading.Lock()  # many owners of one simulation ask for the same price at once: it is worked out once
 
 
 INTERVAL = 1e-4
@@ -54,7 +56,9 @@ def epsilon(history: Sequence[Mechanism], delta: float, *, interval: float = INT
     for mechanism in history:
         # The clip norm cancels: the noise multiplier is noise over sensitivity.
         steps[mechanism.noise_multiplier, mechanism.sample_rate] += mechanism.steps
-    return _epsilon(tuple(sorted((noise, rate, count) for (noise, rate), count in steps.items())), delta, interval)
+    priced = tuple(sorted((noise, rate, count) for (noise, rate), count in steps.items()))
+    with _pricing:
+        return _epsilon(priced, delta, interval)
 
 
 @lru_cache(maxsize=1024)

@@ -99,6 +99,7 @@ class Ledger:
         self._identity = identity
         self._clock = clock
         self._entries: tuple[Entry, ...] = ()
+        self._verified = b""
 
     @classmethod
     def open(
@@ -245,6 +246,7 @@ class Ledger:
             data = file.read()
         whole, torn = chain.split(data)
         self._entries = chain.verify(whole, self._key)
+        self._verified = data[: len(data) - len(torn)]
         if torn:
             raise LedgerCorrupt(
                 f"ledger line {len(whole) + 1} was cut short by a crash ({len(torn)} bytes)",
@@ -279,10 +281,13 @@ class Ledger:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             data = self._path.read_bytes()
-            whole, torn = chain.split(data)
-            self._entries = chain.verify(whole, self._key)
-            if torn:
-                self._set_aside(descriptor, len(data) - len(torn), torn)
+            if data != self._verified or not data:  # every line is verified, but the same bytes only once
+                self._verified = b""
+                whole, torn = chain.split(data)
+                self._entries = chain.verify(whole, self._key)
+                self._verified = data[: len(data) - len(torn)]
+                if torn:
+                    self._set_aside(descriptor, len(self._verified), torn)
             yield descriptor
         finally:
             os.close(descriptor)  # and with it the lock
@@ -319,6 +324,7 @@ class Ledger:
         finally:
             os.close(folder)
         self._entries = (*self._entries, chain.read_line(line.rstrip(b"\n"), len(self._entries) + 1))
+        self._verified += line
 
 
 _MECHANISM_FIELDS = (

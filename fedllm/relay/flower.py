@@ -17,7 +17,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,8 @@ import grpc.aio
 from fedllm import telemetry
 from fedllm.clock import Clock
 from fedllm.errors import DecodeError, PeerUnavailable, PortBusy
+from fedllm.relay.carrier import Reply
+from fedllm.relay.parcels import Arrivals, Assembly, Parcel
 from fedllm.relay.processes import Supervised
 from fedllm.relay.service import EnvelopeServer, pack_frame, serve_link, unpack_frame
 from fedllm.rng import Rng
@@ -90,23 +92,11 @@ def supernode_command(superlink: str, port: int, daemon_socket: Path) -> list[st
 
 
 @dataclass
-class _Parcel:
-    """One request of one exchange on its way; `sent_on` is the run that it was last given to, 0 for none."""
-
-    tag: str
-    node: str
-    data: bytes
-    until_s: float
-    answer: asyncio.Future[bytes | None]
-    resends: int = 0
-    sent_on: int = 0
-
-
-@dataclass
 class _Run:
     """A connected relay run."""
 
     write: Callable[[bytes], Awaitable[None]]
+    assembly: Assembly
     nodes: tuple[str, ...] = ()
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -145,7 +135,7 @@ class FlowerCarrier:
         self._token = ""
         self._connected = asyncio.Event()
         self._lost: str | None = None
-        self._parcels: dict[str, _Parcel] = {}
+        self._parcels: dict[str, Parcel] = {}
         self._tags = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
         self._server: EnvelopeServer | None = None
@@ -191,33 +181,42 @@ class FlowerCarrier:
         await self._wait_connected(LAUNCH_TIMEOUT_S)
         return self._run.nodes if self._run else ()
 
-    async def exchange(self, outbound: Mapping[str, bytes], *, deadline_s: float) -> dict[str, bytes]:
-        """Send a request to each node and return the replies that came in time; see `Carrier`."""
-        if self._lost:
-            raise PeerUnavailable(self._lost, hint=f"see {self._home / 'superlink.log'}")
+    async def exchange(
+        self, outbound: Mapping[str, bytes], *, deadline_s: float
+    ) -> AsyncGenerator[tuple[str, Reply], None]:
+        """Send a request to each node and yield the replies that come in time; see `Carrier`.
+
+        While the reader is busy with a reply that has parts, nothing more is read from the relay run.
+        """
+        self._check_lost()
         began_s, until_s = self._clock.monotonic(), self._clock.monotonic() + deadline_s
-        future = asyncio.get_running_loop().create_future
-        parcels = [_Parcel(f"x{next(self._tags)}", n, d, until_s, future()) for n, d in sorted(outbound.items())]
+        arrivals: Arrivals = asyncio.Queue()
+        parcels = [Parcel(f"x{next(self._tags)}", n, d, until_s, arrivals) for n, d in sorted(outbound.items())]
         self._parcels.update((p.tag, p) for p in parcels)
-        run_before = self.runs
+        run_before, answered, bytes_in = self.runs, 0, 0
         try:
             await self._send(parcels)
-            if parcels:
-                await asyncio.wait([p.answer for p in parcels], timeout=deadline_s)
-            if self._lost:
-                raise PeerUnavailable(self._lost, hint=f"see {self._home / 'superlink.log'}")
+            for _ in parcels:
+                left_s = until_s - self._clock.monotonic()
+                try:
+                    parcel, reply = await asyncio.wait_for(arrivals.get(), left_s)
+                except TimeoutError:
+                    break
+                self._check_lost()
+                if reply is not None:
+                    answered, bytes_in = answered + 1, bytes_in + reply.size
+                    yield parcel.node, reply
+                    del reply
+                parcel.taken.set()
         finally:
             for parcel in parcels:
                 self._parcels.pop(parcel.tag, None)
-        replies = {p.node: p.answer.result() for p in parcels if p.answer.done()}
-        answered = {node: reply for node, reply in replies.items() if reply is not None}
-        telemetry.event(
-            _LOG, "exchange", nodes=len(parcels), answered=len(answered), run=self.runs,
-            restarted=self.runs - run_before,
-            bytes_out=sum(map(len, outbound.values())), bytes_in=sum(map(len, answered.values())),
-            seconds=round(self._clock.monotonic() - began_s, 3),
-        )  # fmt: skip
-        return answered
+                parcel.taken.set()
+            telemetry.event(
+                _LOG, "exchange", nodes=len(parcels), answered=answered, run=self.runs,
+                restarted=self.runs - run_before, bytes_out=sum(map(len, outbound.values())), bytes_in=bytes_in,
+                seconds=round(self._clock.monotonic() - began_s, 3),
+            )  # fmt: skip
 
     async def close(self) -> None:
         """Stop relay run, SuperLink and socket."""
@@ -228,7 +227,7 @@ class FlowerCarrier:
             await self._server.stop(0)
         await asyncio.to_thread(self.superlink.terminate)
 
-    async def _send(self, parcels: list[_Parcel]) -> None:
+    async def _send(self, parcels: list[Parcel]) -> None:
         run = self._run
         if run is None or not parcels:
             return  # the next run sends everything that is pending when it connects
@@ -243,18 +242,22 @@ class FlowerCarrier:
             async with run.writing:
                 await run.write(frame)
 
-    async def _wait_connected(self, timeout_s: float) -> None:
+    def _check_lost(self) -> None:
         if self._lost:
             raise PeerUnavailable(self._lost, hint=f"see {self._home / 'superlink.log'}")
+
+    async def _wait_connected(self, timeout_s: float) -> None:
+        self._check_lost()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._connected.wait(), timeout_s)
 
     async def _serve(self, frames: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]]) -> None:
         """Speak with one relay run until its stream ends."""
-        run = _Run(write)
+        run = _Run(write, Assembly(self._parcels))
         try:
             async for frame in frames:
-                header, parts = unpack_frame(frame)
+                header, blobs = unpack_frame(frame)
+                del frame
                 if header["op"] == "hello":
                     if header["token"] != self._token:
                         return  # a run of an earlier coordinator
@@ -264,33 +267,35 @@ class FlowerCarrier:
                 elif self._run is not run:
                     return
                 else:
-                    await self._receive(run, header, parts)
-        except DecodeError as error:
-            telemetry.event(_LOG, "relay run sent nonsense", level=logging.WARNING, error=error.message)
+                    await self._receive(run, header, blobs)
+        except (DecodeError, KeyError, ValueError) as error:
+            telemetry.event(_LOG, "relay run sent nonsense", level=logging.WARNING, error=str(error))
         finally:
             run.ended.set()
             if self._run is run:
                 self._run = None
                 self._connected.clear()
 
-    async def _receive(self, run: _Run, header: dict[str, object], parts: list[bytes]) -> None:
+    async def _receive(self, run: _Run, header: dict[str, object], blobs: list[bytes]) -> None:
+        """Take one frame in; returns when the next one may be read."""
         if header["op"] == "nodes":
             first = not run.nodes and not self._connected.is_set()
             run.nodes = tuple(str(n) for n in header["nodes"])  # type: ignore[attr-defined]
             telemetry.event(_LOG, "nodes", count=len(run.nodes))
             if first:
                 self._connected.set()
-                await self._send([p for p in self._parcels.values() if not p.answer.done() and p.sent_on < self.runs])
-            return
-        parcel = self._parcels.get(str(header.get("tag")))
-        if parcel is None or parcel.answer.done():
-            return
-        if header["op"] == "reply":
-            parcel.answer.set_result(parts[0])
+                await self._send([p for p in self._parcels.values() if not p.answered and p.sent_on < self.runs])
+        elif header["op"] in ("reply", "part"):
+            (blob,) = blobs
+            if parcel := run.assembly.add(header, blob):
+                await parcel.taken.wait()  # its reader sets the pace: until then nothing more is read
         elif header["op"] == "failed":
+            parcel = self._parcels.get(str(header["tag"]))
+            if parcel is None or parcel.answered:
+                return
             telemetry.event(_LOG, "node did not answer", level=logging.WARNING, node=parcel.node, code=header["code"])
             if header["code"] == NODE_UNAVAILABLE or parcel.resends >= RESENDS:
-                parcel.answer.set_result(None)
+                parcel.answer(None)
             else:
                 parcel.resends += 1
                 await self._send([parcel])
@@ -311,8 +316,7 @@ class FlowerCarrier:
                 await self._clock.sleep(min(2.0**failed, 15.0))
         self._lost = f"{failed} Flower runs in a row did not connect to {self._home / 'link.sock'}"
         for parcel in self._parcels.values():
-            if not parcel.answer.done():
-                parcel.answer.set_result(None)
+            parcel.answer(None)
 
     async def _launch(self) -> bool:
         """Start one relay run; return whether it connected in time."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from pathlib import Path
 
 import grpc
@@ -12,7 +13,10 @@ import grpc.aio
 
 from fedllm import telemetry
 from fedllm.clock import Clock
-from fedllm.relay.service import deliver_channel, deliver_over
+from fedllm.errors import DecodeError
+from fedllm.relay.carrier import Reply
+from fedllm.relay.service import deliver_channel, start_delivery
+from fedllm.relay.turns import Turn, as_they_come
 
 _LOG = logging.getLogger(__name__)
 _RETRY_S = 0.1
@@ -43,26 +47,34 @@ class LocalCarrier:
         """Return the nodes whose socket exists."""
         return tuple(sorted(node for node, path in self._sockets.items() if path.is_socket()))
 
-    async def exchange(self, outbound: Mapping[str, bytes], *, deadline_s: float) -> dict[str, bytes]:
+    async def exchange(
+        self, outbound: Mapping[str, bytes], *, deadline_s: float
+    ) -> AsyncGenerator[tuple[str, Reply], None]:
         """Ask every node at once; one that is away is dialled again until the deadline; see `Carrier`."""
-        began_s = self._clock.monotonic()
-        replies = await asyncio.gather(
-            *(self._one(node, data, began_s + deadline_s) for node, data in outbound.items())
-        )
-        answered = {node: reply for node, reply in zip(outbound, replies, strict=True) if reply is not None}
-        telemetry.event(
-            _LOG, "exchange", level=logging.DEBUG, nodes=len(outbound), answered=len(answered),
-            bytes_out=sum(map(len, outbound.values())), bytes_in=sum(map(len, answered.values())),
-            seconds=round(self._clock.monotonic() - began_s, 4),
-        )  # fmt: skip
-        return answered
+        began_s, answered, bytes_in = self._clock.monotonic(), 0, 0
+
+        async def ask(node: str, turn: Turn) -> Reply | None:
+            return await self._one(node, outbound[node], began_s + deadline_s, turn)
+
+        try:
+            async with aclosing(as_they_come(outbound, ask)) as replies:
+                async for node, reply in replies:
+                    answered, bytes_in = answered + 1, bytes_in + reply.size
+                    yield node, reply
+                    del reply
+        finally:
+            telemetry.event(
+                _LOG, "exchange", level=logging.DEBUG, nodes=len(outbound), answered=answered,
+                bytes_out=sum(map(len, outbound.values())), bytes_in=bytes_in,
+                seconds=round(self._clock.monotonic() - began_s, 4),
+            )  # fmt: skip
 
     async def close(self) -> None:
         """Close the channels."""
         await asyncio.gather(*(channel.close() for channel in self._channels.values()))
         self._channels.clear()
 
-    async def _one(self, node: str, data: bytes, until_s: float) -> bytes | None:
+    async def _one(self, node: str, data: bytes, until_s: float, turn: Turn) -> Reply | None:
         path = self._sockets.get(node)
         if path is None:
             return None
@@ -73,8 +85,17 @@ class LocalCarrier:
             if channel is None:
                 channel = self._channels[node] = deliver_channel(path)
             try:
-                return await deliver_over(channel, data, timeout_s=left_s)
+                delivery = await start_delivery(channel, data, timeout_s=left_s)
+                try:
+                    await turn.take(node)
+                    return await delivery.reply()
+                finally:
+                    delivery.cancel()
+            except (DecodeError, TimeoutError) as error:
+                telemetry.event(_LOG, "node failed", level=logging.WARNING, node=node, error=type(error).__name__)
+                return None
             except grpc.aio.AioRpcError as error:
+                turn.give_back(node)
                 if error.code() is not grpc.StatusCode.UNAVAILABLE:
                     telemetry.event(_LOG, "node failed", level=logging.WARNING, node=node, code=error.code().name)
                     return None

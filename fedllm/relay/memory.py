@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from fedllm.clock import Clock
+from fedllm.relay.carrier import Reply
+from fedllm.relay.turns import Turn, as_they_come
 
-Handler = Callable[[bytes], Awaitable[bytes]]
+Handler = Callable[[bytes], Awaitable[Reply]]
 
 
 class Direction(StrEnum):
@@ -27,6 +29,7 @@ class Passage:
     node: str
     direction: Direction
     data: bytes = field(repr=False)
+    parts: tuple[bytes, ...] = field(default=(), repr=False)
 
 
 Predicate = Callable[[Passage], bool]
@@ -49,7 +52,9 @@ class Faults:
     delay_s : Callable[[Passage], float]
         Seconds the message is late; past the exchange's deadline it arrives, unheard.
     tamper : Callable[[Passage], bytes]
-        What arrives instead.
+        What arrives instead of the request, or of a reply's head.
+    tamper_parts : Callable[[Passage], tuple[bytes, ...]]
+        What arrives instead of a reply's parts.
     reorder : Callable[[Sequence[str]], Sequence[str]]
         Order in which the nodes of one exchange are asked.
     """
@@ -58,6 +63,7 @@ class Faults:
     duplicate: Predicate = _never
     delay_s: Callable[[Passage], float] = lambda _passage: 0.0
     tamper: Callable[[Passage], bytes] = lambda passage: passage.data
+    tamper_parts: Callable[[Passage], tuple[bytes, ...]] = lambda passage: passage.parts
     reorder: Callable[[Sequence[str]], Sequence[str]] = lambda nodes: nodes
 
 
@@ -71,20 +77,24 @@ class MemoryCarrier:
     clock : Clock, optional
         Makes the delays; without one a delay past the deadline is a drop and a shorter one is nothing.
     faults : Faults
-
-    Attributes
-    ----------
-    log : list[Passage]
-        Every message that was sent, in order, delivered or not.
+    log : list[Passage], optional
+        Every message that is sent, delivered or not, is appended, with its parts: give one only where all the
+        vectors of a round may stay in memory.
     """
 
     def __init__(
-        self, handlers: Mapping[str, Handler], *, clock: Clock | None = None, faults: Faults | None = None
+        self,
+        handlers: Mapping[str, Handler],
+        *,
+        clock: Clock | None = None,
+        faults: Faults | None = None,
+        log: list[Passage] | None = None,
     ) -> None:
         self._handlers = handlers
         self._clock = clock
         self._faults = faults or Faults()
-        self.log: list[Passage] = []
+        self._log = log
+        self._sent = 0
 
     @property
     def patience_s(self) -> float:
@@ -95,29 +105,49 @@ class MemoryCarrier:
         """Return the names of the handlers that are there."""
         return tuple(sorted(self._handlers))
 
-    async def exchange(self, outbound: Mapping[str, bytes], *, deadline_s: float) -> dict[str, bytes]:
-        """Deliver every request and return the replies that were not lost; see `Carrier`."""
-        order = list(self._faults.reorder(sorted(outbound)))
-        replies = await asyncio.gather(*(self._one(node, outbound[node], deadline_s) for node in order))
-        return {node: reply for node, reply in zip(order, replies, strict=True) if reply is not None}
+    async def exchange(
+        self, outbound: Mapping[str, bytes], *, deadline_s: float
+    ) -> AsyncGenerator[tuple[str, Reply], None]:
+        """Deliver every request and yield the replies that were not lost; see `Carrier`.
+
+        Where nothing is late the replies come in the order in which the nodes are asked.
+        """
+        order = self._faults.reorder(sorted(outbound))
+
+        async def ask(node: str, turn: Turn) -> Reply | None:
+            return await self._one(node, outbound[node], deadline_s, turn)
+
+        async with aclosing(as_they_come(order, ask)) as replies:
+            async for node, reply in replies:
+                yield node, reply
+                del reply
 
     async def close(self) -> None:
         """Nothing to stop."""
 
-    async def _one(self, node: str, data: bytes, deadline_s: float) -> bytes | None:
+    async def _one(self, node: str, data: bytes, deadline_s: float, turn: Turn) -> Reply | None:
         handler = self._handlers.get(node)
-        request, request_late_s = await self._pass(node, Direction.TO_OWNER, data, deadline_s)
+        request, request_late_s = await self._pass(node, Direction.TO_OWNER, Reply(data), deadline_s)
         if request is None or handler is None:
             return None
+        await turn.free()  # a handler makes its vector when it is called
         reply = await handler(self._faults.tamper(request))
         if self._faults.duplicate(request):
             await handler(self._faults.tamper(request))
         answer, _ = await self._pass(node, Direction.TO_COORDINATOR, reply, deadline_s - request_late_s)
-        return None if answer is None or request_late_s >= deadline_s else self._faults.tamper(answer)
+        if answer is None or request_late_s >= deadline_s:
+            return None
+        if answer.parts:
+            await turn.take(node)
+        return Reply(self._faults.tamper(answer), self._faults.tamper_parts(answer))
 
-    async def _pass(self, node: str, direction: Direction, data: bytes, left_s: float) -> tuple[Passage | None, float]:
-        passage = Passage(len(self.log), node, direction, data)
-        self.log.append(passage)
+    async def _pass(
+        self, node: str, direction: Direction, message: Reply, left_s: float
+    ) -> tuple[Passage | None, float]:
+        passage = Passage(self._sent, node, direction, message.head, message.parts)
+        self._sent += 1
+        if self._log is not None:
+            self._log.append(passage)
         if self._faults.drop(passage):
             return None, 0.0
         late_s = self._faults.delay_s(passage)

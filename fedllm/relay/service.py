@@ -1,12 +1,13 @@
 """The envelope service: gRPC without protobuf, opaque bytes both ways, on unix sockets only their user can reach.
 
-Owner's side: unary ``Deliver(bytes) -> bytes``, served by the daemon. Coordinator's side: stream-stream
-``Link``, served by the coordinator, called by the ServerApp relay. Names and frames are repeated in the
-relay bundle, which must not import fedllm.
+Owner's side: unary-stream ``Deliver``, served by the daemon; the request goes in, the reply's head comes out, then
+one message for each of its parts. Coordinator's side: stream-stream ``Link``, served by the coordinator, called
+by the ServerApp relay. Names and frames are repeated in the relay bundle, which must not import fedllm.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -14,7 +15,8 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import grpc.aio
 
 from fedllm import telemetry
 from fedllm.errors import ConfigError, DecodeError, PortBusy
+from fedllm.relay.carrier import Reply
 
 _LOG = logging.getLogger(__name__)
 SERVICE = "fedllm.Relay"
@@ -30,9 +33,21 @@ DELIVER = f"/{SERVICE}/Deliver"
 LINK = f"/{SERVICE}/Link"
 MAX_SOCKET_PATH = 100
 """Bytes; Linux allows 107 for a unix socket's path, macOS 103."""
+UNHURRIED = (("grpc.http2.bdp_probe", 0),)
+"""On a unix socket a window of 64 KiB is as fast as any; without this, gRPC grows it to megabytes of read-ahead."""
 UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
-Deliver = Callable[[bytes], Awaitable[bytes]]
+MAX_HEAD = 64 << 20
+"""Bytes of the largest head that is taken from an owner."""
+MAX_PART = (4 << 20) + 4096
+"""Bytes of the largest part: a chunk of 4 MiB, and some for whoever wraps it."""
+MAX_PARTS = 4096
+STALL_S = 30.0
+"""Seconds that one part may take."""
+PER_PART_S = 5.0
+"""Seconds that each part adds to what all of them may take, so that a trickle ends too."""
+
+Deliver = Callable[[bytes], Awaitable[Reply]]
 LinkHandler = Callable[[AsyncIterator[bytes], Callable[[bytes], Awaitable[None]]], Awaitable[None]]
 """Called once per connection with the frames that come up and a function that sends one down."""
 
@@ -63,7 +78,7 @@ async def serve_deliver(path: Path, deliver: Deliver) -> EnvelopeServer:
     path : Path
         The socket; its folder is made or set to mode 0700, the socket to 0600.
     deliver : Deliver
-        Sealed request to sealed reply. Must not raise; if it does, the caller learns nothing of why.
+        Sealed request to reply. Must not raise; if it does, the caller learns nothing of why.
 
     Raises
     ------
@@ -73,15 +88,19 @@ async def serve_deliver(path: Path, deliver: Deliver) -> EnvelopeServer:
         If another process serves there.
     """
 
-    async def handle(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
+    async def handle(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         try:
-            return await deliver(request)
+            reply = await deliver(request)
         except Exception as error:  # noqa: BLE001 - the boundary: the relay is hostile and learns nothing of why
             telemetry.event(_LOG, "deliver failed", level=logging.ERROR, error=type(error).__name__)
             await context.abort(grpc.StatusCode.INTERNAL, "failed")
             raise AssertionError("abort raises") from None
+        with contextlib.suppress(grpc.aio.BaseError):  # a caller that is gone asks again
+            await context.write(reply.head)
+            for part in reply.parts:
+                await context.write(part)
 
-    method = grpc.unary_unary_rpc_method_handler(handle, _identity, _identity)
+    method = grpc.unary_stream_rpc_method_handler(handle, _identity, _identity)
     return await _serve(path, "Deliver", method)
 
 
@@ -97,7 +116,7 @@ async def serve_link(path: Path, link: LinkHandler) -> EnvelopeServer:
 
 async def _serve(path: Path, name: str, method: Any) -> EnvelopeServer:
     prepare_socket(path)
-    server = grpc.aio.server(options=UNLIMITED)
+    server = grpc.aio.server(options=(*UNLIMITED, *UNHURRIED))
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {name: method}),))
     server.add_insecure_port(f"unix:{path}")
     await server.start()
@@ -133,15 +152,98 @@ def prepare_socket(path: Path) -> None:
 
 
 def deliver_channel(path: Path) -> grpc.aio.Channel:
-    """Return a channel to an owner's socket; call it with `deliver_over`."""
-    return grpc.aio.insecure_channel(f"unix:{path}", options=UNLIMITED)
+    """Return a channel to an owner's socket; call it with `deliver_over` or `start_delivery`."""
+    options = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", MAX_HEAD), *UNHURRIED)
+    return grpc.aio.insecure_channel(f"unix:{path}", options=options)
 
 
-async def deliver_over(channel: grpc.aio.Channel, request: bytes, *, timeout_s: float) -> bytes:
-    """Send one request over a channel; raises ``grpc.aio.AioRpcError`` when there is no answer in time."""
-    call = channel.unary_unary(DELIVER, request_serializer=_identity, response_deserializer=_identity)
-    reply: bytes = await call(request, timeout=timeout_s)
-    return reply
+class Delivery:
+    """A reply on its way: its head is here, its parts are read when asked for; made by `start_delivery`.
+
+    Attributes
+    ----------
+    head : bytes
+    """
+
+    def __init__(self, call: grpc.aio.UnaryStreamCall[bytes, bytes], head: bytes) -> None:
+        self._call = call
+        self.head = head
+
+    async def each_part(
+        self, *, stall_s: float = STALL_S, per_part_s: float = PER_PART_S
+    ) -> AsyncGenerator[bytes, None]:
+        """Read one part after another; between them gRPC's flow control stops the sender.
+
+        Parameters
+        ----------
+        stall_s : float
+            Seconds that one part may take, the end of the stream too.
+        per_part_s : float
+            All of them may take `stall_s` and this for each that came; the reader's own time does not count.
+
+        Raises
+        ------
+        DecodeError
+            If a part is larger than `MAX_PART`, or there are more than `MAX_PARTS`.
+        TimeoutError
+            If the sender stalls.
+        grpc.aio.AioRpcError
+            If the call ends with an error, its own deadline included.
+        """
+        loop, count, left_s = asyncio.get_running_loop(), 0, stall_s
+        try:
+            while True:
+                began_s = loop.time()
+                part = await asyncio.wait_for(self._call.read(), min(stall_s, left_s))
+                left_s += per_part_s - (loop.time() - began_s)
+                if part is grpc.aio.EOF:
+                    return
+                count += 1
+                if count > MAX_PARTS or len(part) > MAX_PART:
+                    raise DecodeError(
+                        f"part {count} of a reply has {len(part)} bytes; "
+                        f"at most {MAX_PARTS} parts of {MAX_PART} bytes are allowed"
+                    )
+                yield part
+        finally:
+            self.cancel()
+
+    async def reply(self) -> Reply:
+        """Read all parts; errors as in `each_part`."""
+        async with aclosing(self.each_part()) as parts:
+            return Reply(self.head, tuple([part async for part in parts]))
+
+    def cancel(self) -> None:
+        """Give the rest of the reply up; nothing if it is complete."""
+        self._call.cancel()
+
+
+async def start_delivery(channel: grpc.aio.Channel, request: bytes, *, timeout_s: float) -> Delivery:
+    """Send one request and wait for the reply's head.
+
+    Parameters
+    ----------
+    timeout_s : float
+        For head and parts together.
+
+    Raises
+    ------
+    grpc.aio.AioRpcError
+        If there is no answer in time.
+    DecodeError
+        If the answer has no head.
+    """
+    method = channel.unary_stream(DELIVER, request_serializer=_identity, response_deserializer=_identity)
+    call = method(request, timeout=timeout_s)
+    head = await call.read()
+    if head is grpc.aio.EOF:
+        raise DecodeError("a reply without a head")
+    return Delivery(call, head)
+
+
+async def deliver_over(channel: grpc.aio.Channel, request: bytes, *, timeout_s: float) -> Reply:
+    """Send one request and read the whole reply; errors as in `start_delivery` and `Delivery.each_part`."""
+    return await (await start_delivery(channel, request, timeout_s=timeout_s)).reply()
 
 
 def pack_frame(header: dict[str, Any], *parts: bytes) -> bytes:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 
 from fedllm.basemodel.inspect import open_base
 from fedllm.clock import Clock, SystemClock
-from fedllm.config import CoordinatorSettings, FederationSettings
-from fedllm.errors import ConfigError, PortBusy
+from fedllm.config import TRANSPORTS, CoordinatorSettings, FederationSettings
+from fedllm.errors import ConfigError, NotFound, PortBusy
 from fedllm.identity import Roster, SigningIdentity
 from fedllm.registry.store import Registry
 from fedllm.relay.carrier import Carrier
+from fedllm.relay.tls import PinnedOwners, TlsIdentity, pinned_folder, read_certificate
 from fedllm.rng import OsRng, Rng
 from fedllm.server.federation import Federation, adapter_spec
 from fedllm.server.gate import ScoreGate
@@ -47,9 +48,9 @@ def run(settings: CoordinatorSettings, federations: Sequence[FederationSettings]
     ConfigError
         Nothing to coordinate, a setting that cannot work, or another coordinator on the same home.
     PortBusy
-        Another program listens on the API's or the SuperLink's port.
+        Another program listens on the API's or the SuperLink's port, or on that of the direct transport.
     NotFound, AuthenticationError
-        A key, roster or base model is missing, or the key can be read by others.
+        A key, certificate, roster or base model is missing, or a key can be read by others.
     KeyboardInterrupt
         After a clean stop by Ctrl-C.
     """
@@ -82,7 +83,7 @@ async def _serve(settings: CoordinatorSettings, federations: Sequence[Federation
         stack.callback(registry.close)
         journal = Journal(settings.home / "journal.sqlite")
         stack.callback(journal.close)
-        carriers = await _open_carriers(settings, federations, clock, rng, stack)
+        carriers = await _open_carriers(settings, loaded, clock, rng, stack)
         events: list[Schedule] = []
 
         def progress(event: RoundEvent) -> None:
@@ -170,18 +171,21 @@ def _server(app: object) -> uvicorn.Server:
 
 async def _open_carriers(
     settings: CoordinatorSettings,
-    federations: Sequence[FederationSettings],
+    federations: Sequence[Federation],
     clock: Clock,
     rng: Rng,
     stack: AsyncExitStack,
 ) -> dict[str, Carrier]:
-    """Return a carrier for each federation: one SuperLink for all on Flower, sockets for local ones."""
+    """Return a carrier for each federation: one SuperLink for all on Flower, one listener for all direct ones."""
+    by_transport: dict[str, list[Federation]] = {transport: [] for transport in TRANSPORTS}
+    for each in federations:
+        check_transport(each, settings.home, clock)
+        by_transport[each.settings.transport].append(each)
     carriers: dict[str, Carrier] = {}
-    flower = [each.name for each in federations if each.transport == "flower"]
-    if flower:
+    if by_transport["flower"]:
         from fedllm.relay.flower import FlowerCarrier
 
-        shared = await FlowerCarrier.open(
+        flower = await FlowerCarrier.open(
             settings.home / "flower",
             host=settings.flower_host,
             port=settings.flower_port,
@@ -189,18 +193,54 @@ async def _open_carriers(
             rng=rng,
             environ=os.environ,
         )
-        stack.push_async_callback(shared.close)
-        carriers |= dict.fromkeys(flower, shared)
-    for each in federations:
-        if each.transport == "local":
-            from fedllm.relay.local import LocalCarrier
+        stack.push_async_callback(flower.close)
+        carriers |= {each.name: flower for each in by_transport["flower"]}
+    if by_transport["direct"]:
+        from fedllm.relay.direct import DirectCarrier
 
-            local = LocalCarrier({owner: Path(path) for owner, path in each.sockets.items()}, clock=clock)
-            stack.push_async_callback(local.close)
-            carriers[each.name] = local
-        elif each.transport != "flower":
-            raise ConfigError(f"federation {each.name}: transport {each.transport!r}: flower or local allowed")
+        direct = await DirectCarrier.open(
+            host=settings.direct_host,
+            port=settings.direct_port,
+            identity=TlsIdentity.load(settings.home, clock),
+            pinned=PinnedOwners([pinned_folder(settings.home, each.name) for each in by_transport["direct"]], clock),
+            clock=clock,
+        )
+        stack.push_async_callback(direct.close)
+        carriers |= {each.name: direct for each in by_transport["direct"]}
+    for each in by_transport["local"]:
+        from fedllm.relay.local import LocalCarrier
+
+        local = LocalCarrier({owner: Path(path) for owner, path in each.settings.sockets.items()}, clock=clock)
+        stack.push_async_callback(local.close)
+        carriers[each.name] = local
     return carriers
+
+
+def check_transport(federation: Federation, home: Path, clock: Clock) -> None:
+    """Raise unless a federation's messages have a way: a transport that exists and, if direct, all certificates.
+
+    Raises
+    ------
+    ConfigError
+        Another transport, or a certificate that is not usable.
+    NotFound
+        A certificate is missing; names the owner.
+    """
+    transport = federation.settings.transport
+    if transport not in TRANSPORTS:
+        raise ConfigError(f"federation {federation.name}: transport {transport!r}: {', '.join(TRANSPORTS)} allowed")
+    if transport != "direct":
+        return
+    TlsIdentity.load(home, clock)
+    for member in federation.roster.members:
+        path = pinned_folder(home, federation.name) / f"{member.owner}.pem"
+        if not path.is_file():
+            raise NotFound(
+                f"no TLS certificate of owner {member.owner!r} at {path}",
+                hint=f"fedllm owner certificate {member.owner} FILE --federation {federation.name}, with the tls.pem "
+                "of that owner's folder",
+            )
+        read_certificate(path, clock)
 
 
 def operator_token(path: Path, rng: Rng) -> str:

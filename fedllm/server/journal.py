@@ -8,7 +8,7 @@ are deleted when the round ends: they are of no further use, and less kept is le
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,16 @@ _inputs = sa.Table(
     sa.Column("owner", sa.String, primary_key=True),
     sa.Column("kind", sa.String, nullable=False),
     sa.Column("body", sa.LargeBinary, nullable=False),
+)
+_parts = sa.Table(
+    "parts",
+    _metadata,
+    sa.Column("federation", sa.String, primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("step", sa.String, primary_key=True),
+    sa.Column("owner", sa.String, primary_key=True),
+    sa.Column("position", sa.Integer, primary_key=True),
+    sa.Column("data", sa.LargeBinary, nullable=False),
 )
 _wanted = sa.Table(
     "wanted",
@@ -189,7 +199,29 @@ class Journal:
         """Mark that nothing is left to do, and delete the round's inputs."""
         with writing(self._engine) as connection:
             connection.execute(_rounds.update().where(*_is(federation, number)).values(ended=ended))
-            connection.execute(_inputs.delete().where(_inputs.c.federation == federation, _inputs.c.number == number))
+            for table in (_inputs, _parts):
+                connection.execute(table.delete().where(table.c.federation == federation, table.c.number == number))
+
+    def retry(self, plan: RoundPlan, signed: SignedPlan, measures: Mapping[str, Any]) -> None:
+        """Replace a round's plan by that of its next attempt, before anybody sees it.
+
+        The vectors of the attempt before are deleted: they are under masks that nobody will open.
+
+        Raises
+        ------
+        IntegrityError
+            If the round is over.
+        """
+        with writing(self._engine) as connection:
+            found = RoundState(self._row(connection, plan.federation, plan.round).state)
+            if found.final:
+                raise IntegrityError(f"round {plan.round} of {plan.federation} is {found}, it cannot be tried again")
+            values = {"plan": wire.encode(signed), "state": RoundState.TRAINING.value, "measures": json.dumps(measures)}
+            here = _is(plan.federation, plan.round)
+            connection.execute(_rounds.update().where(*here).values(**values))
+            connection.execute(
+                _parts.delete().where(_parts.c.federation == plan.federation, _parts.c.number == int(plan.round))
+            )
 
     def measure(self, federation: str, number: int, measures: Mapping[str, Any]) -> None:
         """Replace the round's measures (seconds, bytes); numbers only, no owner's data."""
@@ -211,15 +243,35 @@ class Journal:
             }
             return StepRecord(row.opened, row.closed, inputs)
 
-    def record(self, federation: str, number: int, step: str, inputs: Mapping[OwnerId, tuple[str, bytes]]) -> None:
-        """Write down inputs of an open phase; the first of an owner counts."""
-        rows = [
-            {"federation": federation, "number": number, "step": step, "owner": owner, "kind": kind, "body": body}
-            for owner, (kind, body) in inputs.items()
-        ]
-        if rows:
-            with writing(self._engine) as connection:
-                connection.execute(_inputs.insert().prefix_with("OR IGNORE"), rows)
+    def record(
+        self,
+        federation: str,
+        number: int,
+        step: str,
+        inputs: Mapping[OwnerId, tuple[str, bytes]],
+        parts: Mapping[OwnerId, Sequence[bytes]] | None = None,
+    ) -> None:
+        """Write down inputs of an open phase, with the parts that came with them; the first of an owner counts."""
+        key = {"federation": federation, "number": number, "step": step}
+        rows = [{**key, "owner": owner, "kind": kind, "body": body} for owner, (kind, body) in inputs.items()]
+        if not rows:
+            return
+        with writing(self._engine) as connection:
+            connection.execute(_inputs.insert().prefix_with("OR IGNORE"), rows)
+            for owner, chunks in (parts or {}).items():
+                for position, data in enumerate(chunks):  # one at a time: a vector is not copied whole
+                    row = {**key, "owner": owner, "position": position, "data": data}
+                    connection.execute(_parts.insert().prefix_with("OR IGNORE"), row)
+
+    def parts(self, federation: str, number: int, step: str, owner: OwnerId) -> tuple[bytes, ...]:
+        """Return the parts that came with an owner's input of a phase, in order."""
+        query = (
+            sa.select(_parts.c.data)
+            .filter_by(federation=federation, number=number, step=step, owner=owner)
+            .order_by(_parts.c.position)
+        )
+        with self._engine.connect() as connection:
+            return tuple(bytes(row.data) for row in connection.execute(query))
 
     def close_step(self, federation: str, number: int, step: str, *, now: float) -> None:
         """Fix the set of inputs of a phase: what is recorded now is all there will ever be."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Collection
 
+from fedllm.aggregation.fixedpoint import RING_BITS, required_bits
 from fedllm.aggregation.methods import get_method
+from fedllm.aggregation.secagg import graph
 from fedllm.config import FederationSettings
 from fedllm.errors import NotReady, PolicyRefused
 from fedllm.ids import OwnerId, RoundNumber
@@ -18,7 +20,6 @@ from fedllm.messages.plan import (
     Recipe,
     Ring,
     RoundPlan,
-    honest_threshold,
 )
 from fedllm.rng import Rng
 from fedllm.server.federation import Federation, Head
@@ -65,15 +66,20 @@ def make_plan(federation: Federation, head: Head, number: int, available: Collec
             f"federation {federation.name}: {len(cohort)} of {len(members)} owners are there, {least} needed",
             hint=f"waiting for {', '.join(absent)}; 'fedllm coordinator status' shows who is connected",
         )
+    peers = graph.parameters(len(cohort), settings.corruption, settings.dropout)
     declared = {str(owner): settings.declared_records[owner] for owner in cohort}
     mechanism = _mechanism(settings)
     return RoundPlan(
         version=PLAN_VERSION,
         federation=federation.name,
         round=RoundNumber(number),
+        attempt=1,
         nonce=rng.token(NONCE_BYTES),
         cohort=cohort,
-        threshold=honest_threshold(len(cohort)),
+        threshold=peers.threshold,
+        neighbours=peers.neighbours,
+        corruption=settings.corruption,
+        dropout=settings.dropout,
         min_survivors=least,
         roster=federation.roster.digest,
         spec=federation.spec,
@@ -98,14 +104,32 @@ def make_plan(federation: Federation, head: Head, number: int, available: Collec
     )
 
 
-def ring_bits(value_bits: int, owners: int) -> int:
-    """Return the smallest ring of whole bytes in which `owners` entries of `value_bits` add without wrapping.
+def next_attempt(plan: RoundPlan, left: Collection[OwnerId], rng: Rng) -> RoundPlan | None:
+    """Return the plan of another attempt at a round's sum with the owners that are left, None if they are too few.
 
-    One bit more than ``ceil(log2(owners))`` is kept, so that a sum is never at the ring's edge.
+    Everything that decides training stays; declared sizes and weights are those of the attempt before.
     """
-    needed = value_bits + math.ceil(math.log2(owners)) + 1
-    for bits in (8, 16, 24, 32):
-        if bits >= needed:
+    cohort = tuple(owner for owner in plan.cohort if owner in set(left))
+    if len(cohort) < max(plan.min_survivors, LEAST_SURVIVORS):
+        return None
+    peers = graph.parameters(len(cohort), plan.corruption, plan.dropout)
+    return dataclasses.replace(
+        plan,
+        attempt=plan.attempt + 1,
+        nonce=rng.token(NONCE_BYTES),
+        cohort=cohort,
+        threshold=peers.threshold,
+        neighbours=peers.neighbours,
+        weights=None if plan.weights is None else {owner: plan.weights[owner] for owner in cohort},
+        declared_records={owner: plan.declared_records[owner] for owner in cohort},
+    )
+
+
+def ring_bits(value_bits: int, owners: int) -> int:
+    """Return the smallest ring of whole bytes in which `owners` entries of `value_bits` bits never wrap around."""
+    needed = required_bits(owners, value_bits)
+    for bits in RING_BITS:
+        if bits >= needed and bits > value_bits:
             return bits
     raise PolicyRefused(
         f"{owners} owners at value_bits {value_bits} need a ring of {needed} bits, 32 is the largest",

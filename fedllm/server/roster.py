@@ -8,7 +8,8 @@ sends garbage must not be able to stop the others' round.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from fedllm import wire
@@ -117,10 +118,10 @@ class Roll:
             challenges = {node: Hello(self._rng.token(_CHALLENGE_BYTES)) for node in strangers}
             asked = {node: self._hello(node, hello) for node, hello in challenges.items()}
             sealed = {node: seal(envelope, self._identity) for node, envelope in asked.items()}
-            replies = await self._carrier.exchange(sealed, deadline_s=deadline_s)
+            async with aclosing(self._carrier.exchange(sealed, deadline_s=deadline_s)) as arriving:
+                replies = {node: reply.head async for node, reply in arriving if node in asked}
             for node, data in sorted(replies.items()):
-                if node in asked:
-                    self._bind(node, data, asked[node], challenges[node])
+                self._bind(node, data, asked[node], challenges[node])
         return self.present
 
     def _skipped(self, node: str) -> bool:
@@ -152,13 +153,21 @@ class Roll:
             self.faults.append(Fault(f"node {node}", error.code, error.message))
             return
         self._cold.pop(node, None)
+        other = self._nodes.get(owner)
+        if other is not None and other != node:
+            # a copied key, or two daemons on one: one owner is asked once, and counts once
+            self.faults.append(Fault(owner, "owner-twice", f"{owner!r} answers at node {node} and at {other}"))
+            return
         self._nodes[owner] = node
         self.releases[owner] = body.release
 
-    async def ask(self, requests: Mapping[OwnerId, Envelope], *, deadline_s: float) -> dict[OwnerId, Body]:
-        """Send every owner its request and return the answers that came in time and verify.
+    async def ask(
+        self, requests: Mapping[OwnerId, Envelope], *, deadline_s: float
+    ) -> AsyncGenerator[tuple[OwnerId, Body, tuple[bytes, ...]], None]:
+        """Send every owner its request; yield the answers that come in time and verify, with their parts.
 
-        An owner without a node, without an answer, or with one that does not verify is missing in the result.
+        An owner without a node, without an answer, or with one that does not verify is not yielded. The parts are
+        as they came: the answer's body names their digests. Close the generator (`contextlib.aclosing`).
 
         Raises
         ------
@@ -174,18 +183,18 @@ class Roll:
                 asked[node] = (owner, envelope)
                 self.traffic.count(owner, down=len(outbound[node]))
         if not outbound:
-            return {}
-        answers: dict[OwnerId, Body] = {}
-        replies = await self._carrier.exchange(outbound, deadline_s=deadline_s)
-        for node, data in replies.items():
-            if node not in asked:
-                continue
-            owner, envelope = asked[node]
-            self.traffic.count(owner, up=len(data))
-            try:
-                reply = unseal(data, self._roster.key(owner), sender=owner, receiver=COORDINATOR)
-                check_reply(reply, envelope)
-                answers[owner] = decode_body(reply.kind, reply.body)
-            except FedllmError as error:
-                self.faults.append(Fault(owner, error.code, error.message))
-        return answers
+            return
+        async with aclosing(self._carrier.exchange(outbound, deadline_s=deadline_s)) as arriving:
+            async for node, reply in arriving:
+                if node not in asked:
+                    continue
+                owner, envelope = asked[node]
+                self.traffic.count(owner, up=reply.size)
+                try:
+                    answer = unseal(reply.head, self._roster.key(owner), sender=owner, receiver=COORDINATOR)
+                    check_reply(answer, envelope)
+                    body = decode_body(answer.kind, answer.body)
+                except FedllmError as error:
+                    self.faults.append(Fault(owner, error.code, error.message))
+                    continue
+                yield owner, body, reply.parts

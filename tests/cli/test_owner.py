@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-from cli.command_line import fedllm, files, process
-from cli.conftest import Scene
+from cli.command_line import Said, fedllm, files, process
+from cli.conftest import OWNERS, Scene
 
 from fedllm.clock import FakeClock
 from fedllm.identity import SigningIdentity
@@ -130,3 +131,131 @@ def test_check_counts_and_prints_no_word_of_a_record(scene: Scene) -> None:
     words = set(re.findall(r"[a-z]{4,}", text)) - {"file"}  # a column of the table
     assert not [word for word in words if word in said.out.lower().replace(str(scene.data["east"]), "")]
     assert not [word for word in words if word in found.out]
+
+
+def _make_direct(scene: Scene) -> None:
+    """Set the federation's transport, as an operator does with an editor."""
+    config = scene.home / "fedllm.toml"
+    alias = 'alias = "acme/tools"\n'
+    config.write_text(config.read_text(encoding="utf-8").replace(alias, alias + 'transport = "direct"\n'))
+
+
+def _certify(scene: Scene, *owners: str) -> None:
+    for owner in owners:
+        said = fedllm("owner", "certificate", owner, scene.owner(owner) / "tls.pem", "--home", scene.home)
+        assert said.exit_code == 0, said
+
+
+def test_a_key_comes_with_a_certificate_and_an_older_folder_gets_one(scene: Scene, tmp_path: Path) -> None:
+    """Both in one step; a folder of before has its key kept; neither is ever overwritten."""
+    home = tmp_path / "new"
+    said = fedllm("client", "key", "--home", home)
+    assert (said.exit_code, len(said.out.splitlines())) == (0, 1)
+    assert "tls.pem" in said.err
+    assert {p.name: p.stat().st_mode & 0o777 for p in home.iterdir()} == dict.fromkeys(
+        ("owner.pem", "tls.pem", "tls.key"), 0o600
+    )
+    before = files(home)
+    fedllm("client", "key", "--home", home).fails(2, "config", "never overwritten")
+    assert files(home) == before
+    for name in ("tls.pem", "tls.key"):
+        (home / name).unlink()
+    again = fedllm("client", "key", "--home", home)
+    assert again.out == said.out
+    after = files(home)
+    assert after["owner.pem"] == before["owner.pem"]
+    assert after["tls.pem"] != before["tls.pem"]
+
+
+def test_a_direct_federation_is_enrolled_with_certificates_and_joined_with_one(scene: Scene) -> None:
+    """What is missing is named at each step; the join file carries address and certificate, and no secret."""
+    _make_direct(scene)
+    check = ("coordinator", "check", "--home", scene.home)
+    fedllm(*check).fails(5, "not-found", "'east'", "fedllm owner certificate east FILE")
+    _certify(scene, "east", "north", "south")
+    fedllm(*check).fails(5, "not-found", "'west'")
+    _certify(scene, "west")
+    assert fedllm(*check).exit_code == 0
+
+    text = fedllm("owner", "join-file", "--home", scene.home).out
+    offer = json.loads(text)
+    assert (offer["fedllm_join"], offer["transport"], offer["direct"]) == (1, "direct", "127.0.0.1:7403")
+    assert offer["certificate"] == (scene.home / "tls.pem").read_text(encoding="ascii")
+    assert "PRIVATE" not in text
+    scene.join_file.write_text(text, encoding="utf-8")
+    for owner in OWNERS:
+        said = fedllm(*scene.join(owner))
+        assert said.exit_code == 0, said
+        joined = files(scene.owner(owner))
+        assert joined["coordinator.pem"] == files(scene.home)["tls.pem"]
+        assert b'transport = "direct"' in joined["client.toml"]
+        assert b'direct = "127.0.0.1:7403"' in joined["client.toml"]
+
+
+def test_an_owner_of_a_direct_federation_is_not_enrolled_without_its_certificate(scene: Scene, tmp_path: Path) -> None:
+    """No certificate, a wrong file, another owner's: refused with the reason, and nothing is written."""
+    _make_direct(scene)
+    _certify(scene, *OWNERS)
+    line = fedllm("client", "key", "--home", tmp_path / "new").out.strip()
+    add = ("owner", "add", "new", line, "--records", 40, "--home", scene.home)
+    before = files(scene.home)
+    fedllm(*add).fails(2, "config", "--certificate", "direct", "tls.pem")
+    fedllm(*add, "--certificate", tmp_path / "none.pem").fails(5, "not-found", "none.pem")
+    fedllm(*add, "--certificate", tmp_path / "new" / "tls.key").fails(2, "config", "private key")
+    theirs = scene.owner("east") / "tls.pem"
+    fedllm(*add, "--certificate", theirs).fails(2, "config", "'east'", "'tools'")
+    fedllm("owner", "certificate", "nobody", theirs, "--home", scene.home).fails(5, "not-found", "'nobody'")
+    assert files(scene.home) == before
+    said = fedllm(*add, "--certificate", tmp_path / "new" / "tls.pem")
+    assert said.exit_code == 0, said
+    after = files(scene.home)
+    assert after["certificates/tools/new.pem"] == (tmp_path / "new" / "tls.pem").read_bytes()
+
+
+def test_a_certificate_is_replaced_by_the_operator_alone(scene: Scene) -> None:
+    """A fresh one of the same owner takes the old one's place; its fingerprint is printed."""
+    _certify(scene, "east")
+    old = fedllm("owner", "certificate", "east", scene.owner("east") / "tls.pem", "--home", scene.home).out
+    for name in ("tls.pem", "tls.key"):
+        (scene.owner("east") / name).unlink()
+    fedllm("client", "key", "--home", scene.owner("east"))
+    new = fedllm("owner", "certificate", "east", scene.owner("east") / "tls.pem", "--home", scene.home).out
+    assert len(new) == len(old) == 65
+    assert new != old
+
+
+def test_a_direct_join_file_that_is_incomplete_or_changed_is_refused(scene: Scene) -> None:
+    """A missing address or certificate, one that is none, an owner without its own: nothing is written."""
+    _make_direct(scene)
+    _certify(scene, *OWNERS)
+    offer = json.loads(fedllm("owner", "join-file", "--home", scene.home).out)
+    before = files(scene.owner("east"))
+
+    def joined_with(**changed: object) -> Said:
+        table = {key: value for key, value in (offer | changed).items() if value is not None}
+        scene.join_file.write_text(json.dumps(table), encoding="utf-8")
+        return fedllm(*scene.join("east"))
+
+    joined_with(certificate=None).fails(2, "config", "missing key 'certificate'")
+    joined_with(direct=None).fails(2, "config", "missing key 'direct'")
+    joined_with(direct=7403).fails(2, "config", "'direct' is a int")
+    joined_with(certificate="none").fails(2, "config", "'certificate' of", "0 certificates")
+    joined_with(transport="flower").fails(2, "config", "unknown key")
+    assert files(scene.owner("east")) == before
+    for name in ("tls.pem", "tls.key"):
+        (scene.owner("east") / name).unlink()
+    joined_with().fails(5, "not-found", "no TLS certificate", "fedllm client key")
+
+
+def test_a_direct_owner_or_coordinator_without_its_key_does_not_start(scene: Scene) -> None:
+    """Found before a model is loaded or a port is opened: exit 5 and the file's name; 4 for a readable key."""
+    _make_direct(scene)
+    _certify(scene, *OWNERS)
+    scene.join_file.write_text(fedllm("owner", "join-file", "--home", scene.home).out, encoding="utf-8")
+    fedllm(*scene.join("east"))
+    for home, command in ((scene.owner("east"), "client"), (scene.home, "coordinator")):
+        (home / "tls.key").chmod(0o644)
+        port = ("--port", 0) if command == "coordinator" else ()
+        process(command, "start", "--home", home, *port).fails(4, "authentication", "tls.key", "chmod 600")
+        (home / "tls.key").unlink()
+        process(command, "start", "--home", home, *port).fails(5, "not-found", "tls.key")

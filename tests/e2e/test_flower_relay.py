@@ -9,13 +9,14 @@ import signal
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from fedllm.client.sandbox import confined, probe, python_reads
 from fedllm.clock import SystemClock
+from fedllm.relay.carrier import Reply
 from fedllm.relay.flower import FlowerCarrier
 from fedllm.relay.node import owner_processes, programs_dir
 from fedllm.relay.processes import Supervised
@@ -52,6 +53,7 @@ class Setting:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.seen: list[tuple[int, bytes]] = []
+        self.parts: tuple[bytes, ...] = ()
         self.servers: list[EnvelopeServer] = []
         self.nodes: list[Supervised] = []
         self.carrier: FlowerCarrier
@@ -65,9 +67,9 @@ class Setting:
         for i in range(OWNERS):
             home = self.root / f"o{i}"
 
-            async def deliver(data: bytes, i: int = i) -> bytes:
+            async def deliver(data: bytes, i: int = i) -> Reply:
                 self.seen.append((i, data))
-                return bytes([i]) + data[::-1]
+                return Reply(bytes([i]) + data[::-1], self.parts[i:])
 
             self.servers.append(await serve_deliver(home / "relay" / "relay.sock", deliver))
             for process in self._processes(home, f"127.0.0.1:{port}", node_ports[i]):
@@ -93,11 +95,11 @@ class Setting:
             confine=confine,
         )
 
-    async def exchange(self, data: bytes) -> dict[int, bytes]:
+    async def exchange(self, data: bytes) -> dict[int, Reply]:
         """Send the same to every node; return replies by owner."""
-        nodes = await self.carrier.nodes()
-        replies = await self.carrier.exchange(dict.fromkeys(nodes, data), deadline_s=DEADLINE_S)
-        return {reply[0]: reply[1:] for reply in replies.values()}
+        outbound = dict.fromkeys(await self.carrier.nodes(), data)
+        async with aclosing(self.carrier.exchange(outbound, deadline_s=DEADLINE_S)) as replies:
+            return {reply.head[0]: Reply(reply.head[1:], reply.parts) async for _, reply in replies}
 
     async def close(self) -> None:
         """End everything."""
@@ -140,7 +142,8 @@ def test_envelopes_pass_and_a_lost_run_or_superlink_is_replaced(root: Path) -> N
         async with _setting(root) as setting:
             both = {0, 1}
             big = os.urandom(6_000_000)
-            assert await setting.exchange(big) == dict.fromkeys(both, big[::-1])
+            setting.parts = (os.urandom(4 << 20), os.urandom(1 << 20), os.urandom(7))
+            assert await setting.exchange(big) == {i: Reply(big[::-1], setting.parts[i:]) for i in both}
 
             # the ServerApp is killed while messages are under way: another run takes over
             superlink = setting.carrier.superlink.pid

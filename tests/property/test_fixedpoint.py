@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,7 +14,7 @@ from fedllm.aggregation.plain import plain_sum
 from fedllm.aggregation.vector import UpdateTail, UpdateVector
 from fedllm.errors import ConfigError, IntegrityError, NonFiniteUpdate
 from fedllm.messages.plan import Ring
-from fedllm.rng import OsRng, SeededRng
+from fedllm.rng import OsRng, SeededRng, uniform_u32
 
 FLOATS = st.floats(-100, 100, width=32)
 
@@ -78,9 +80,44 @@ def test_a_non_finite_entry_is_refused_wherever_it_is(bad: float) -> None:
         FixedPoint(16, 1.0).encode(x, OsRng())
 
 
-def test_saturation_counts_the_entries_beyond_the_clip_range() -> None:
-    """Half of the entries beyond the range is 0.5; the range itself is within."""
-    assert FixedPoint(16, 1.0).saturation(np.array([0.5, 1.0, 1.1, -7.0])) == 0.5
+def test_the_entries_beyond_the_clip_range_are_counted() -> None:
+    """Two of four are beyond; the range itself is within, and the weight counts."""
+    out = np.empty(4, dtype=np.uint32)
+    x = np.array([0.5, 1.0, 1.1, -7.0], dtype=np.float32)
+    assert FixedPoint(16, 1.0).encode_into(out, x, OsRng()) == 2
+    assert FixedPoint(16, 1.0).encode_into(out, x, OsRng(), weight=0.5) == 1
+    assert FixedPoint(16, 1.0).encode_into(out, x, OsRng(), weight=0.1) == 0
+
+
+def naive_encode(grid: FixedPoint, x: np.ndarray, weight: float, key: bytes) -> list[int]:
+    """Round one value after another: up with a probability equal to the fraction, by the same draws."""
+    encoded = []
+    for value, word in zip(x.tolist(), uniform_u32(key, x.size).tolist(), strict=True):
+        signed = word - (word >> 31 << 32)
+        scaled = min(max(value * weight, -grid.clip_range), grid.clip_range) / grid.step
+        below = math.floor(scaled)
+        up = (signed + 2**31) / 2**32 >= 1 - (scaled - below)
+        encoded.append(min(max(below + up + grid.levels, 0), 2 * grid.levels))
+    return encoded
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 24), st.floats(1e-3, 50), st.floats(1e-6, 1), st.sampled_from([1, 7, 1 << 15, (1 << 15) + 3]))
+def test_the_fast_quantiser_is_the_naive_one(bits: int, clip: float, weight: float, size: int) -> None:
+    """Block by block, weight folded in and truncated, or value by value with floor: the same integers.
+
+    The two compute a value's place on the grid in another order, so one whose draw decides within the last bits of
+    a float64 may differ by a step: less than one in 2^20.
+    """
+    grid = FixedPoint(bits, clip)
+    x = np.random.default_rng(bits).normal(0, 30, size).astype(np.float32)
+    out = np.empty(size, dtype=np.uint32)
+    clipped = grid.encode_into(out, x, SeededRng(7), weight=weight)
+    expected = np.array(naive_encode(grid, x, weight, SeededRng(7).token(32)), dtype=np.int64)
+    off = np.abs(out.astype(np.int64) - expected)
+    assert int(off.max()) <= 1
+    assert np.count_nonzero(off) <= size / 2**20 + 1
+    assert clipped == int(np.count_nonzero(np.abs(x.astype(np.float64) * weight) > clip))
 
 
 def test_a_sum_beyond_its_owners_is_noticed() -> None:

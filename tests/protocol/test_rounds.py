@@ -36,6 +36,7 @@ def test_one_round_publishes_the_mean(tmp_path: Path) -> None:
     assert set(record.measures["bytes_up"]) == set(OWNERS)
     assert list(record.measures["timings"])[:3] == ["PLANNED", "TRAINING", "SHARES"]
     assert all(agent.closed == ["judged"] for agent in world.agents.values())
+    assert record.measures["attempts"] == []
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -216,4 +217,4 @@ def test_nothing_but_allowed_kinds_is_carried(tmp_path: Path) -> None:
     asyncio.run(world.runner().run(1))
     plain = np.full(8, 0.123, dtype=np.float32).tobytes()
     assert {kind_of(data) for data in world.carrier.carried} <= set(BODIES)
-    assert not any(plain in data for data in world.carrier.carried)
+    assert not any(plain in data for data in (*world.carrier.carried, *world.carrier.chunks))

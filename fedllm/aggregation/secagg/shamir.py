@@ -7,7 +7,9 @@ nobody else can time them closely, which is what makes that acceptable here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 from fedllm.errors import DecodeError, IntegrityError, ProtocolError
 from fedllm.rng import Rng
@@ -54,16 +56,42 @@ def split(secret: bytes, threshold: int, points: Sequence[int], rng: Rng) -> dic
 
 
 def interpolate(shares: Mapping[int, int], at: int) -> int:
-    """Return the value at `at` of the least polynomial through the shares (Lagrange)."""
-    total = 0
-    for i, y in shares.items():
-        numerator = denominator = 1
-        for j in shares:
-            if j != i:
-                numerator = numerator * (at - j) % PRIME
-                denominator = denominator * (i - j) % PRIME
-        total += y * numerator * pow(denominator, -1, PRIME)
-    return total % PRIME
+    """Return the value at `at` of the least polynomial through the shares (Lagrange); `at` is none of their points."""
+    row = lagrange_row(tuple(shares), at)
+    return sum(weight * share for weight, share in zip(row, shares.values(), strict=True)) % PRIME
+
+
+@lru_cache(maxsize=256)
+def lagrange_row(points: tuple[int, ...], at: int) -> tuple[int, ...]:
+    """Return what the shares at `points` are multiplied with to give the value at `at`.
+
+    One row serves every secret that has the same holders.
+    """
+    weights = _weights(points)
+    product = math.prod(at - x for x in points)
+    return tuple(product * weight * _inverse(at - x) % PRIME for x, weight in zip(points, weights, strict=True))
+
+
+@lru_cache(maxsize=64)
+def _weights(points: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the barycentric weights ``1 / prod(x - y)``, with one inversion for all of them (Montgomery's trick)."""
+    denominators = [math.prod(x - y for y in points if y != x) for x in points]
+    running, before = 1, []
+    for denominator in denominators:
+        before.append(running)
+        running = running * denominator % PRIME
+    inverse = pow(running, -1, PRIME)
+    weights: list[int] = []
+    for denominator, product in zip(reversed(denominators), reversed(before), strict=True):
+        weights.append(inverse * product % PRIME)
+        inverse = inverse * denominator % PRIME
+    return tuple(reversed(weights))
+
+
+@lru_cache(maxsize=1 << 14)
+def _inverse(difference: int) -> int:
+    """Return the inverse of the difference of two points; there are as many as owners."""
+    return pow(difference, -1, PRIME)
 
 
 def combine(shares: Mapping[int, int]) -> bytes:

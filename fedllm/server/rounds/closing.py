@@ -6,6 +6,7 @@ from contextlib import suppress
 
 from fedllm.errors import PeerUnavailable
 from fedllm.messages.round import Close, Closed
+from fedllm.server.rounds.asking import gather
 from fedllm.server.rounds.context import RoundContext
 
 CLOSE_DEADLINE_S = 30.0
@@ -17,7 +18,8 @@ async def close(context: RoundContext, outcome: str, reason: str | None) -> None
         with suppress(PeerUnavailable):
             await context.roll.call(deadline_s=CLOSE_DEADLINE_S)
     there = [owner for owner in context.plan.cohort if owner in context.roll.present]
-    await context.gather(
+    await gather(
+        context,
         "close",
         dict.fromkeys(there, Close(outcome, reason)),
         Closed,

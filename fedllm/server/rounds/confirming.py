@@ -8,13 +8,14 @@ from fedllm.aggregation.secagg.coordinator import SecAggCoordinator
 from fedllm.ids import OwnerId
 from fedllm.messages.round import Confirm, Confirmed
 from fedllm.messages.secagg import UnmaskRequest
+from fedllm.server.rounds.asking import gather
 from fedllm.server.rounds.context import RoundContext
 
 
 async def confirm(
     context: RoundContext, machine: SecAggCoordinator, purpose: str, survivors: Sequence[OwnerId]
-) -> UnmaskRequest:
-    """Return the request that opens a sum: its survivors, and at least t signatures over them.
+) -> dict[OwnerId, UnmaskRequest]:
+    """Return the requests that open a sum: its survivors, and for each signer t signatures that it accepts.
 
     Raises
     ------
@@ -22,7 +23,5 @@ async def confirm(
         If too few owners signed.
     """
     request = Confirm(purpose, tuple(survivors))
-    answers = await context.gather(
-        f"confirm/{purpose}", dict.fromkeys(survivors, request), Confirmed, quorum=context.plan.threshold
-    )
+    answers = await gather(context, f"confirm/{purpose}", dict.fromkeys(survivors, request), Confirmed)
     return machine.confirmed({owner: answer.signature for owner, answer in answers.items()})

@@ -6,32 +6,25 @@ import asyncio
 
 from fedllm.aggregation.methods import get_method
 from fedllm.aggregation.rules import FedAvg, Rule
-from fedllm.aggregation.secagg.coordinator import SecAggCoordinator
-from fedllm.aggregation.vector import ScoreSum, ScoreVector, UpdateVector
+from fedllm.aggregation.vector import ScoreSum
 from fedllm.clock import Clock
 from fedllm.errors import FedllmError, IntegrityError, NotReady, RoundAborted
 from fedllm.identity import SigningIdentity
 from fedllm.ids import OwnerId
-from fedllm.messages.plan import RoundPlan, SignedPlan
-from fedllm.messages.secagg import PURPOSE_EVALUATION, PURPOSE_UPDATE
+from fedllm.messages.plan import SignedPlan
 from fedllm.registry.store import Registry
 from fedllm.rng import Rng
 from fedllm.server.federation import Federation
 from fedllm.server.journal import Journal, RoundRecord
 from fedllm.server.plan import make_plan
 from fedllm.server.ports import EpsilonOf, Gate, Progress, RoundEvent, RoundState
-from fedllm.server.roster import Roll, Traffic
+from fedllm.server.roster import Fault, Roll, Traffic
 from fedllm.server.rounds.aggregating import add_version, aggregate, privacy_record
-from fedllm.server.rounds.begin import begin
+from fedllm.server.rounds.attempts import Opened, machines, open_sum, update_vector
 from fedllm.server.rounds.closing import close
-from fedllm.server.rounds.confirming import confirm
 from fedllm.server.rounds.context import RoundContext
 from fedllm.server.rounds.judging import judge, publish
-from fedllm.server.rounds.masking import mask
 from fedllm.server.rounds.scoring import score
-from fedllm.server.rounds.sharing import share
-from fedllm.server.rounds.training import train
-from fedllm.server.rounds.unmasking import unmask
 
 ROLL_CALL_S = 30.0
 """How long a round waits for the whole roster before it is planned with those that are there."""
@@ -61,6 +54,8 @@ class RoundRunner:
         The server rule.
     progress : Progress
         Called with every event of a round.
+    opened : Opened, optional
+        For simulations, see `fedllm.server.rounds.attempts.Opened`.
     """
 
     def __init__(
@@ -77,6 +72,7 @@ class RoundRunner:
         rng: Rng,
         rule: Rule | None = None,
         progress: Progress = ignore,
+        opened: Opened | None = None,
     ) -> None:
         self.federation = federation
         self.roll = roll
@@ -89,6 +85,7 @@ class RoundRunner:
         self._rng = rng
         self._rule = rule or FedAvg()
         self._progress = progress
+        self._opened = opened
         self._task: asyncio.Task[object] | None = None
         self._running: int | None = None
         self._abort_reason: str | None = None
@@ -108,7 +105,7 @@ class RoundRunner:
         members = [member.owner for member in self.federation.roster.members]
         plan = make_plan(self.federation, self.federation.head(self._registry), 1, members, self._rng)
         get_method(plan.method).check(plan)
-        _update_vector(plan)
+        update_vector(plan)
 
     async def run(self, rounds: int) -> list[RoundRecord]:
         """Resume what was left, then run `rounds` new rounds; return how each ended."""
@@ -191,7 +188,9 @@ class RoundRunner:
         finally:
             self._task = None
         record = self._journal.round(record.federation, record.number)
-        await close(context, record.state.value.lower(), record.reason)
+        if record.state is RoundState.ABORTED or not self._journal.wanted(context.name):
+            # else the next round's plan tells them, which saves an exchange
+            await close(context, record.state.value.lower(), record.reason)
         context.save_measures()
         self._journal.end(record.federation, record.number, ended=self._clock.now())
         self._running = None
@@ -209,14 +208,7 @@ class RoundRunner:
         if record.state is RoundState.JUDGED and record.verdict is not None and record.version is not None:
             context.published = publish(context, self._registry.get(record.version), record.verdict)
             return
-        requests = await share(context, await train(context, await begin(context)))
-        survivors = await mask(context, requests)
-        context.survivors = len(survivors)
-        context.enter(RoundState.CONFIRM)
-        request = await confirm(context, context.update, PURPOSE_UPDATE, survivors)
-        context.enter(RoundState.UNMASK)
-        total = await unmask(context, context.update, request)
-        opened = _update_vector(context.plan).decode(total, len(survivors))
+        opened, survivors = await open_sum(context, rng=self._rng, opened=self._opened)
         candidate = aggregate(context, opened, self._rule)
         scores: ScoreSum | None = None
         shortfall = ""
@@ -233,8 +225,8 @@ class RoundRunner:
         self._progress(RoundEvent(context.name, context.number, RoundState.JUDGED))
 
     def _context(self, record: RoundRecord) -> RoundContext:
-        plan, roster = record.plan, self.federation.roster
-        vector, scores = _update_vector(plan), ScoreVector(len(plan.cohort))
+        plan = record.plan
+        update, evaluation = machines(plan, self.federation.roster)
         context = RoundContext(
             federation=self.federation,
             identity=self._identity,
@@ -246,16 +238,10 @@ class RoundRunner:
             registry=self._registry,
             clock=self._clock,
             progress=self._progress,
-            update=SecAggCoordinator(
-                plan=plan, purpose=PURPOSE_UPDATE, roster=roster, ring_bits=plan.ring.bits, entries=vector.entries
-            ),
-            evaluation=SecAggCoordinator(
-                plan=plan,
-                purpose=PURPOSE_EVALUATION,
-                roster=roster,
-                ring_bits=scores.ring.bits,
-                entries=scores.entries,
-            ),
+            update=update,
+            evaluation=evaluation,
+            attempts=list(record.measures.get("attempts", [])),
+            known_faults=[Fault(**each) for each in record.measures.get("faults", [])],
             phase_s=dict(record.measures.get("timings", {})),
             state=record.state,
             started=record.started,
@@ -267,19 +253,9 @@ class RoundRunner:
         return context
 
 
-def _update_vector(plan: RoundPlan) -> UpdateVector:
-    factors = get_method(plan.method).trainable(int(plan.round))
-    return UpdateVector(
-        ring=plan.ring,
-        owners=len(plan.cohort),
-        layout_size=plan.spec.layout(factors).size,
-        covered=plan.mechanism.kind != "none",
-    )
-
-
 def _common_code(context: RoundContext) -> str | None:
     """Return the code that all refusing owners gave, if their refusals alone explain the abort."""
-    if len(context.plan.cohort) - len(context.refusals) >= context.quorum:
+    if len(context.plan.cohort) - len(context.refusals) >= context.plan.min_survivors:
         return None
     codes = {refusal.code for refusal in context.refusals.values()}
     return codes.pop() if len(codes) == 1 else None

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from fedllm.adapter import AdapterState
 from fedllm.aggregation.vector import ScoreSum, ScoreVector
 from fedllm.ids import OwnerId
-from fedllm.messages.round import Evaluate, FetchScores, Masked, Scoring
+from fedllm.messages.round import Complained, Evaluate, FetchScores, Masked, Scoring
 from fedllm.messages.secagg import PURPOSE_EVALUATION
 from fedllm.server.ports import RoundState
+from fedllm.server.rounds.asking import gather
 from fedllm.server.rounds.confirming import confirm
 from fedllm.server.rounds.context import RoundContext
+from fedllm.server.rounds.masking import add
 from fedllm.server.rounds.unmasking import unmask
 
 
@@ -33,16 +35,28 @@ async def score(context: RoundContext, candidate: AdapterState, owners: Sequence
     """
     context.enter(RoundState.EVALUATING)
     machine, plan = context.evaluation, context.plan
-    scoring = await context.gather("evaluate", dict.fromkeys(owners, Evaluate(candidate.to_bytes())), Scoring)
-    await context.gather(
+
+    def take(owner: OwnerId, answer: Scoring | Masked | Complained, parts: Sequence[bytes]) -> None:
+        if not isinstance(answer, Scoring):
+            add(machine, owner, answer, parts)
+
+    request = Evaluate(candidate.to_bytes())
+    first: dict[OwnerId, Scoring | Masked | Complained] = await gather(
+        context, "evaluate", dict.fromkeys(owners, request), Scoring, Masked, Complained, check=take
+    )
+    later = [owner for owner, answer in first.items() if isinstance(answer, Scoring)]
+    _later: dict[OwnerId, Scoring | Masked | Complained] = await gather(
+        context,
         "scores",
-        dict.fromkeys(scoring, FetchScores()),
+        dict.fromkeys(later, FetchScores()),
         Masked,
-        check=lambda o, m: machine.add_masked(o, m.vector),
+        Complained,
+        check=take,
+        quorum=max(0, context.quorum - (len(first) - len(later))),
         deadline_s=plan.train_deadline_s,
     )
-    survivors = machine.masked({})
+    survivors = machine.masked()
     machine.bind(bytes.fromhex(candidate.digest))
-    request = await confirm(context, machine, PURPOSE_EVALUATION, survivors)
-    total = await unmask(context, machine, request)
+    requests = await confirm(context, machine, PURPOSE_EVALUATION, survivors)
+    total = await unmask(context, machine, PURPOSE_EVALUATION, requests)
     return ScoreVector(len(plan.cohort)).decode(total, len(survivors))

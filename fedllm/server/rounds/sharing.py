@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from fedllm.ids import OwnerId
 from fedllm.messages.round import SendMasked, SharedKeys, ShareKeys
 from fedllm.server.ports import RoundState
+from fedllm.server.rounds.asking import gather
 from fedllm.server.rounds.context import RoundContext
 
 
@@ -21,7 +22,7 @@ async def share(context: RoundContext, requests: Mapping[OwnerId, ShareKeys]) ->
         If too few owners shared.
     """
     context.enter(RoundState.SHARES)
-    answers = await context.gather("share", requests, SharedKeys)
+    answers = await gather(context, "share", requests, SharedKeys)
     update = context.update.shared({owner: answer.update for owner, answer in answers.items()})
     evaluation = context.evaluation.shared({owner: answer.evaluation for owner, answer in answers.items()})
     return {owner: SendMasked(update[owner], evaluation[owner]) for owner in sorted(set(update) & set(evaluation))}

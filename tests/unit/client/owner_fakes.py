@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from fedllm.messages.plan import (
 )
 from fedllm.messages.round import Begin, Body, decode_body
 from fedllm.privacy.ledger import Ledger
+from fedllm.relay.carrier import Reply
 from fedllm.rng import Rng, SeededRng
 
 FEDERATION = FederationName("tools")
@@ -57,8 +59,9 @@ POLICY = OwnerPolicy(max_epsilon=8.0, delta=1e-5, allowed_bases=(BASE,))
 def plan(**changes: Any) -> RoundPlan:
     """Return a plan that `POLICY` accepts, with some fields changed."""
     fields: dict[str, Any] = {
-        "version": PLAN_VERSION, "federation": FEDERATION, "round": RoundNumber(1), "nonce": bytes(NONCE_BYTES),
-        "cohort": OWNERS, "threshold": honest_threshold(len(OWNERS)), "min_survivors": 3, "roster": ROSTER.digest,
+        "version": PLAN_VERSION, "federation": FEDERATION, "round": RoundNumber(1), "attempt": 1,
+        "nonce": bytes(NONCE_BYTES), "cohort": OWNERS, "threshold": honest_threshold(len(OWNERS)),
+        "neighbours": len(OWNERS) - 1, "corruption": 0.05, "dropout": 0.05, "min_survivors": 3, "roster": ROSTER.digest,
         "spec": SPEC, "head": HEAD.digest, "head_version": None,
         "layout": SPEC.layout(get_method("ffa").trainable(1)).digest, "method": "ffa",
         "weights": dict.fromkeys(OWNERS, 1.0), "declared_records": dict.fromkeys(OWNERS, 40),
@@ -118,6 +121,14 @@ class ToyTrainer:
         return Scores(mean_loss=float(2.0 - state.flat.mean()), records=10, tokens=100)
 
 
+class Never(Executor):
+    """A worker that never gets to its work: what a process that is killed in mid-training has done."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Return a future that stays open."""
+        return Future()
+
+
 def daemon(owner: str, home: Path, *, clock: FakeClock | None = None, **changes: Any) -> Daemon:
     """Return a daemon with a real ledger and a toy trainer, working in the caller's thread."""
     home.mkdir(parents=True, exist_ok=True)
@@ -149,12 +160,12 @@ def sealed(
     return seal(dataclasses.replace(envelope, **changes), IDENTITIES[signer])
 
 
-def opened(data: bytes, owner: str, key: VerifyKey | None = None) -> Body:
+def opened(reply: Reply, owner: str, key: VerifyKey | None = None) -> Body:
     """Return the body of a daemon's reply, verified."""
-    envelope = unseal(data, key or IDENTITIES[owner].public, sender=owner, receiver=COORDINATOR)
+    envelope = unseal(reply.head, key or IDENTITIES[owner].public, sender=owner, receiver=COORDINATOR)
     return decode_body(envelope.kind, envelope.body)
 
 
 def begin(made: RoundPlan, signer: str = COORDINATOR, head: AdapterState = HEAD) -> Begin:
     """Return the first message of a round."""
-    return Begin(SignedPlan.sign(made, IDENTITIES[signer]), head.to_bytes())
+    return Begin(SignedPlan.sign(made, IDENTITIES[signer]), head.to_bytes(), None)

@@ -47,14 +47,13 @@ from fedllm.messages.round import (
     Masked,
     Pending,
     Refused,
-    Scoring,
     SendMasked,
     SharedKeys,
     ShareKeys,
     Started,
     Unmask,
-    Unmasked,
 )
+from fedllm.relay.carrier import Reply
 
 
 class Federation:
@@ -72,13 +71,20 @@ class Federation:
         self.daemons = {
             o: daemon(o, home / o, trainer=ToyTrainer(0.125 * (i + 1)), **changes) for i, o in enumerate(OWNERS)
         }
-        self.sent: list[tuple[str, bytes]] = []
+        self.sent: list[tuple[str, Reply]] = []
 
     async def ask(self, owner: str, body: Body, *, round_number: int = 1, tag: str = "") -> Body:
         """Return one owner's verified reply."""
         reply = await self.daemons[owner].handle(sealed(body, owner, round_number=round_number, tag=tag))
         self.sent.append((owner, reply))
         return opened(reply, owner)
+
+    async def vectors(self, machine: SecAggCoordinator, asked: dict[str, Body]) -> None:
+        """Ask owners for their masked vectors, which travel behind the reply, and add them."""
+        for owner, body in asked.items():
+            reply = await self.ask(owner, body)
+            assert isinstance(reply, Masked), reply
+            machine.add_masked(owner, reply.vector, self.sent[-1][1].parts)  # type: ignore[arg-type]
 
     async def each(self, owners: Sequence[str], body: Body, kind: type) -> dict[Any, Any]:
         """Ask several owners the same and require one kind of answer."""
@@ -97,33 +103,27 @@ class Federation:
             plan=made, purpose="evaluation", roster=ROSTER, ring_bits=scores_codec.ring.bits,
             entries=scores_codec.entries,
         )  # fmt: skip
-        await self.each(OWNERS, begin(made), Started)
-        keys = await self.each(OWNERS, FetchAdvertise(), Advertised)
+        keys = await self.each(OWNERS, begin(made), Advertised)
         u1 = update.advertised({o: k.update for o, k in keys.items()})
         e1 = scores.advertised({o: k.evaluation for o, k in keys.items()})
         shared = await self.each(OWNERS, ShareKeys(u1, e1), SharedKeys)
         u2 = update.shared({o: s.update for o, s in shared.items()})
         e2 = scores.shared({o: s.evaluation for o, s in shared.items()})
         there = [o for o in OWNERS if o != lose]
-        vectors = {}
-        for owner in there:
-            reply = await self.ask(owner, SendMasked(u2[owner], e2[owner]))
-            assert isinstance(reply, Masked), reply
-            vectors[owner] = reply.vector
-        total = await self._open(update, "update", there, vectors)
-        await self.each(there, Evaluate(HEAD.to_bytes()), Scoring)
-        vectors = {o: r.vector for o, r in (await self.each(there, FetchScores(), Masked)).items()}
+        await self.vectors(update, {o: SendMasked(u2[o], e2[o]) for o in there})
+        total = await self._open(update, "update", there)
+        await self.vectors(scores, dict.fromkeys(there, Evaluate(HEAD.to_bytes())))
         scores.bind(bytes.fromhex(HEAD.digest))
-        scored = await self._open(scores, "evaluation", there, vectors)
+        scored = await self._open(scores, "evaluation", there)
         await self.each(there, Close("judged", None), Closed)
         return update_codec_.decode(total, len(there)), scores_codec.decode(scored, len(there))
 
-    async def _open(self, sums: SecAggCoordinator, purpose: str, there: Sequence[str], vectors: Any) -> Any:
-        survivors = sums.masked(vectors)
+    async def _open(self, sums: SecAggCoordinator, purpose: str, there: Sequence[str]) -> Any:
+        survivors = sums.masked()
         signed = await self.each(there, Confirm(purpose, survivors), Confirmed)
-        request = sums.confirmed({o: s.signature for o, s in signed.items()})
-        shares = await self.each(there, Unmask(request), Unmasked)
-        return sums.unmasked({o: s.shares for o, s in shares.items()})
+        requests = sums.confirmed({o: s.signature for o, s in signed.items()})
+        shares = {o: await self.ask(o, Unmask(requests[o])) for o in requests}
+        return sums.unmasked({o: s.shares for o, s in shares.items()})  # type: ignore[union-attr]
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -157,10 +157,11 @@ def test_every_message_that_left_is_in_the_audit_log(tmp_path: Path) -> None:
 
     federation = Federation(tmp_path)
     asyncio.run(federation.round(plan()))
-    mine = [data for owner, data in federation.sent if owner == "north"]
+    mine = [reply for owner, reply in federation.sent if owner == "north"]
     log = _lines(tmp_path / "north" / "audit.jsonl")
-    assert [(e["bytes"], e["sha256"]) for e in log] == [(len(d), sha256(d)) for d in mine]
-    assert [e["kind"] for e in log][:3] == ["Started", "Advertised", "SharedKeys"]
+    assert [(e["bytes"], e["sha256"]) for e in log] == [(reply.size, sha256(reply.head)) for reply in mine]
+    assert [e["kind"] for e in log][:3] == ["Advertised", "SharedKeys", "Masked"]
+    assert [e.get("parts", 0) for e in log][:3] == [0, 0, 1]
 
 
 def test_hello_is_answered_with_the_challenge_by_whoever_is_there(tmp_path: Path) -> None:
@@ -226,7 +227,7 @@ def test_a_refused_plan_spends_and_starts_nothing(tmp_path: Path, made: RoundPla
     assert reply.code == code
     assert "reserve" not in (tmp_path / "ledger.jsonl").read_text()
     better = opened(asyncio.run(north.handle(sealed(begin(plan()), "north"))), "north")
-    assert isinstance(better, Started)
+    assert isinstance(better, Advertised)
 
 
 def test_another_federation_is_none_of_this_daemons_business(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_the_same_request_is_answered_from_the_record(tmp_path: Path) -> None:
 
     asyncio.run(scenario())
     assert (tmp_path / "north" / "ledger.jsonl").read_text().count('"reserve"') == 1
-    assert [e["kind"] for e in _lines(tmp_path / "north" / "audit.jsonl")] == ["Started", "again", "again", "again"]
+    assert [e["kind"] for e in _lines(tmp_path / "north" / "audit.jsonl")] == ["Advertised", "again", "again", "again"]
 
 
 def test_a_request_id_cannot_be_used_for_another_content(tmp_path: Path) -> None:
@@ -264,7 +265,7 @@ def test_a_request_id_cannot_be_used_for_another_content(tmp_path: Path) -> None
 
     reply = asyncio.run(scenario())
     assert isinstance(reply, Refused)
-    assert reply.code == "step-mismatch"
+    assert reply.code == "request-reused"
 
 
 def test_a_newer_begin_replaces_an_unfinished_round(tmp_path: Path) -> None:
@@ -278,7 +279,7 @@ def test_a_newer_begin_replaces_an_unfinished_round(tmp_path: Path) -> None:
         return second, await federation.ask("north", FetchAdvertise(), tag="late")
 
     second, late = asyncio.run(scenario())
-    assert isinstance(second, Started)
+    assert isinstance(second, Advertised)
     assert isinstance(late, Refused)
     (old,) = _lines(tmp_path / "north" / "rounds.jsonl")
     assert (old["round"], old["outcome"]) == (1, "replaced")
@@ -303,20 +304,19 @@ def test_what_goes_wrong_inside_stays_inside(tmp_path: Path, error: Exception, c
     """An exception's text may quote a record: the coordinator is told a code, or a type's name, and no more."""
     north = daemon("north", tmp_path, trainer=ToyTrainer(error=error))
 
-    async def scenario() -> bytes:
-        await north.handle(sealed(begin(plan()), "north"))
-        return await north.handle(sealed(FetchAdvertise(), "north"))
+    async def scenario() -> list[Reply]:
+        return [await north.handle(sealed(body, "north")) for body in (begin(plan()), FetchAdvertise())]
 
-    data = asyncio.run(scenario())
-    reply = opened(data, "north")
-    assert isinstance(reply, Refused)
-    assert reply.code == code
-    assert PRIVATE_TEXT.encode() not in data
+    for data in asyncio.run(scenario()):
+        reply = opened(data, "north")
+        assert isinstance(reply, Refused)
+        assert reply.code == code
+        assert PRIVATE_TEXT.encode() not in data.head
     assert PRIVATE_TEXT not in (tmp_path / "audit.jsonl").read_text()
 
 
 def test_training_does_not_hold_up_the_line(tmp_path: Path) -> None:
-    """Begin returns at once; until the worker is done the answer is Pending, and Pending is never recorded."""
+    """Begin returns soon; until the worker is done the answer is Pending, and Pending is never recorded."""
     import threading
 
     release = threading.Event()

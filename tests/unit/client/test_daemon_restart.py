@@ -5,31 +5,34 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from unit.client.owner_fakes import begin, daemon, opened, plan, sealed
+from unit.client.owner_fakes import Never, ToyTrainer, begin, daemon, opened, plan, sealed
 
 from fedllm.ids import RoundNumber
-from fedllm.messages.round import Body, Close, Closed, FetchAdvertise, Refused, Started
+from fedllm.messages.round import Advertised, Body, Close, Closed, FetchAdvertise, Refused
 
 
-def test_a_replayed_begin_is_refused_after_a_restart(tmp_path: Path) -> None:
-    """The last round accepted is on disk: a daemon that restarts in mid-round is a dropout of it, not a fresh start."""
+def test_a_daemon_killed_in_mid_training_is_out_of_the_round(tmp_path: Path) -> None:
+    """The round was charged and accepted: it is not trained a second time, and the next one is a fresh start."""
 
     async def scenario() -> list[Body]:
         request = sealed(begin(plan()), "north")
-        before = daemon("north", tmp_path)
+        trainers = ToyTrainer(), ToyTrainer()
+        before = daemon("north", tmp_path, trainer=trainers[0], worker=Never())
         await before.handle(request)
-        after = daemon("north", tmp_path)
-        replies = [await after.handle(d) for d in (request, sealed(FetchAdvertise(), "north"))]
-        replies.append(await after.handle(sealed(Close("aborted", None), "north")))
-        replies.append(await after.handle(sealed(begin(plan(round=RoundNumber(2))), "north", round_number=2)))
+        assert before.round_number == 1
+        never_trained = daemon("north", tmp_path, trainer=trainers[1])
+        replies = [await never_trained.handle(d) for d in (request, sealed(FetchAdvertise(), "north"))]
+        replies.append(await never_trained.handle(sealed(Close("aborted", None), "north")))
+        replies.append(await never_trained.handle(sealed(begin(plan(round=RoundNumber(2))), "north", round_number=2)))
+        assert trainers[1].trained == [2]
         return [opened(r, "north") for r in replies]
 
     replay, fetch, close, following = asyncio.run(scenario())
     assert isinstance(replay, Refused)
-    assert replay.code == "step-mismatch"
+    assert replay.code == "round-replayed"
     assert isinstance(fetch, Refused)
     assert isinstance(close, Closed)
-    assert isinstance(following, Started)
+    assert isinstance(following, Advertised)
 
 
 def _lose_accepted(home: Path) -> None:
@@ -48,6 +51,6 @@ def test_a_charged_round_is_never_trained_twice_on_one_charge(tmp_path: Path) ->
         return [opened(r, "north") for r in (first, again)]
 
     first, again = asyncio.run(scenario())
-    assert isinstance(first, Started)
+    assert isinstance(first, Advertised)
     assert isinstance(again, Refused)
-    assert again.code == "step-mismatch"
+    assert again.code == "round-replayed"

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
 from unit.client.owner_fakes import HEAD, IDENTITIES, OWNERS, ROSTER, plan
 
 from fedllm import wire
-from fedllm.adapter import AdapterState
 from fedllm.aggregation.vector import OwnerScores
-from fedllm.client.pipeline import OwnerSums, encode_update, score_codec, update_codec, weight_of
-from fedllm.errors import NonFiniteUpdate, ProtocolError, StepMismatch
+from fedllm.client.kept import Answers, LocalUpdate
+from fedllm.client.pipeline import (
+    OwnerSums,
+    RingVector,
+    encode_update,
+    local_update,
+    score_codec,
+    update_codec,
+    weight_of,
+)
+from fedllm.client.trainer import Trained
+from fedllm.errors import NonFiniteUpdate, ProtocolError, StepMismatch, TwoViews
 from fedllm.ids import OwnerId
 from fedllm.messages.plan import Mechanism
 from fedllm.messages.secagg import ShareDelivery
@@ -22,8 +32,9 @@ PLAIN = {"mechanism": Mechanism.none(), "weights": None}
 NORTH = OwnerId("north")
 
 
-def _trained(step: float) -> AdapterState:
-    return HEAD.replace({n: a + np.float32(step) for n, a in HEAD.factors.items() if n.endswith("lora_B")})
+def _local(step: float, records: int = 1) -> LocalUpdate:
+    moved = HEAD.replace({n: a + np.float32(step) for n, a in HEAD.factors.items() if n.endswith("lora_B")})
+    return local_update(plan(), head=HEAD, trained=Trained(moved, records, 1.0, 2, 0.1), train_s=0.1)
 
 
 def test_the_sum_of_encoded_updates_is_the_weighted_mean() -> None:
@@ -34,10 +45,7 @@ def test_the_sum_of_encoded_updates_is_the_weighted_mean() -> None:
     steps = dict(zip(OWNERS, (0.5, -0.25, 1.0, 0.0), strict=True))
     total = np.zeros(codec.entries, dtype=np.uint32)
     for owner in OWNERS:
-        total += encode_update(
-            made, owner, head=HEAD, trained=_trained(steps[owner]), records=sizes[owner], mean_loss=1.0,
-            rng=SeededRng(owner),
-        )  # fmt: skip
+        total += encode_update(made, owner, _local(steps[owner], sizes[owner]), SeededRng(owner))
     opened = codec.decode(total & np.uint32((1 << made.ring.bits) - 1), 4)
     expected = sum(sizes[o] * steps[o] for o in OWNERS) / sum(sizes.values())
     assert opened.records == 80
@@ -59,12 +67,12 @@ def test_a_diverged_update_is_not_sent() -> None:
     low = HEAD.replace({n: np.full_like(a, -3e38) for n, a in HEAD.factors.items() if n.endswith("lora_B")})
     made = plan(head=low.digest)
     with np.errstate(over="ignore"), pytest.raises(NonFiniteUpdate):
-        encode_update(made, NORTH, head=low, trained=huge, records=1, mean_loss=None, rng=SeededRng(1))
+        local_update(made, head=low, trained=Trained(huge, 1, None, 2, 0.1), train_s=0.1)
 
 
 def test_an_update_has_no_wire_form() -> None:
     """The ring vector before masking is an array: the codec refuses it, so no message can carry one by mistake."""
-    values = encode_update(plan(), NORTH, head=HEAD, trained=_trained(0.1), records=1, mean_loss=None, rng=SeededRng(1))
+    values = encode_update(plan(), NORTH, _local(0.1), SeededRng(1))
 
     @dataclasses.dataclass(frozen=True)
     class Leak:
@@ -74,15 +82,24 @@ def test_an_update_has_no_wire_form() -> None:
         wire.encode(Leak(values))
 
 
-def _ready() -> tuple[OwnerSums, ShareDelivery, ShareDelivery]:
+def _ready(
+    folder: Path, observed: dict[OwnerId, RingVector] | None = None
+) -> tuple[OwnerSums, ShareDelivery, ShareDelivery]:
     """Return north's sums after the shares were exchanged, and what is delivered to it."""
     made = plan()
-    sums = {o: OwnerSums(made, o, identity=IDENTITIES[o], roster=ROSTER, rng=SeededRng(f"sums {o}")) for o in OWNERS}
+    observed = {} if observed is None else observed
+    sums = {
+        o: OwnerSums(
+            made, o, identity=IDENTITIES[o], roster=ROSTER, rng=SeededRng(f"sums {o}"), answers=Answers(folder / o),
+            observer=lambda owner, values: observed.update({owner: values.copy()}),
+        )
+        for o in OWNERS
+    }  # fmt: skip
     keys = [sums[o].advertise() for o in OWNERS]
     shared = {o: sums[o].share_keys([k[0] for k in keys], [k[1] for k in keys]) for o in OWNERS}
     deliveries = [
         ShareDelivery(
-            purpose, OWNERS, {o: shared[o][at].seed_commitment for o in OWNERS},
+            purpose, OWNERS,
             {o: shared[o][at].ciphertexts["north"] for o in OWNERS if o != "north"},
         )
         for at, purpose in enumerate(("update", "evaluation"))
@@ -90,38 +107,35 @@ def _ready() -> tuple[OwnerSums, ShareDelivery, ShareDelivery]:
     return sums[NORTH], deliveries[0], deliveries[1]
 
 
-def test_what_leaves_does_not_correlate_with_what_it_hides() -> None:
+def test_what_leaves_does_not_correlate_with_what_it_hides(tmp_path: Path) -> None:
     """The masked vector is uniform on the ring: its correlation with the update is that of chance."""
-    sums, update, evaluation = _ready()
-    made = plan()
-    values = encode_update(
-        made, NORTH, head=HEAD, trained=_trained(0.3), records=1, mean_loss=None, rng=SeededRng("update")
-    )
-    masked = sums.mask_update(values, update, evaluation)
+    observed: dict[OwnerId, RingVector] = {}
+    sums, update, evaluation = _ready(tmp_path, observed)
+    masked = sums.mask_update(_local(0.3), update, evaluation)
+    values = observed[NORTH]
     sent = np.frombuffer(b"".join(masked.chunks), dtype=np.uint8).reshape(-1, 3).astype(np.int64)
     words = sent[:, 0] + (sent[:, 1] << 8) + (sent[:, 2] << 16)
     assert not np.array_equal(words, values)
     assert len(set(words.tolist())) > 0.9 * words.size
-    assert masked.entries == values.size
+    assert masked.head.entries == values.size
 
 
-def test_scores_wait_for_their_shares_and_are_encoded_once() -> None:
+def test_scores_wait_for_their_shares_and_are_encoded_once(tmp_path: Path) -> None:
     """Rounding is random: masking a second encoding under the same masks would show the difference."""
-    sums, update, evaluation = _ready()
+    sums, update, evaluation = _ready(tmp_path)
     scores = OwnerScores(records=10, candidate_loss=1.25, head_loss=1.5)
     with pytest.raises(StepMismatch):
         sums.mask_scores(scores)
-    values = np.zeros(update_codec(plan()).entries, dtype=np.uint32)
-    sums.mask_update(values, update, evaluation)
+    sums.mask_update(_local(0.1), update, evaluation)
     assert sums.mask_scores(scores) == sums.mask_scores(scores)
-    assert sums.mask_scores(scores).entries == score_codec(plan()).entries
-    other = dataclasses.replace(evaluation, commitments={**evaluation.commitments, "east": bytes(32)})
-    with pytest.raises(StepMismatch):
-        sums.mask_update(values, update, other)
+    assert sums.mask_scores(scores).head.entries == score_codec(plan()).entries
+    other = dataclasses.replace(evaluation, ciphertexts={**evaluation.ciphertexts, "east": bytes(94)})
+    with pytest.raises(TwoViews):
+        sums.mask_update(_local(0.1), update, other)
 
 
-def test_there_are_two_sums_in_a_round_and_no_third() -> None:
+def test_there_are_two_sums_in_a_round_and_no_third(tmp_path: Path) -> None:
     """A purpose nobody planned is a protocol error, not a key error."""
-    sums, _, _ = _ready()
+    sums, _, _ = _ready(tmp_path)
     with pytest.raises(ProtocolError):
         sums.confirm("everything", OWNERS)

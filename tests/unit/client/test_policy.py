@@ -11,7 +11,18 @@ from unit.client.owner_fakes import BASE, DP, HEAD, IDENTITIES, OWNERS, POLICY, 
 
 from fedllm.adapter import AdapterState
 from fedllm.client.policy import OwnerPolicy, check_plan, open_head
-from fedllm.errors import BaseMismatch, ConfigError, DigestMismatch, FedllmError, NotFound, PolicyRefused, StepMismatch
+from fedllm.errors import (
+    BaseMismatch,
+    CohortRefused,
+    ConfigError,
+    DigestMismatch,
+    FedllmError,
+    NotFound,
+    PolicyRefused,
+    RosterMismatch,
+    RoundReplayed,
+    ThresholdRefused,
+)
 from fedllm.identity import Roster
 from fedllm.ids import Digest, OwnerId
 from fedllm.messages.plan import Mechanism, Recipe
@@ -38,21 +49,24 @@ def _small(n: int) -> dict[str, Any]:
     cohort = OWNERS[:n]
     return {
         "cohort": cohort, "weights": dict.fromkeys(cohort, 1.0), "declared_records": dict.fromkeys(cohort, 1),
-        "threshold": n,
+        "threshold": n, "neighbours": n - 1,
     }  # fmt: skip
 
 
 REFUSALS: list[tuple[str, dict[str, Any], type[FedllmError], tuple[str, ...]]] = [
-    ("round again", {"last_round": 1}, StepMismatch, ("round 1",)),
-    ("older round", {"last_round": 7}, StepMismatch, ("round 1", "round 7")),
-    ("other roster", {"roster": OTHER}, PolicyRefused, ("cccccccc", ROSTER.digest[:16])),
-    ("added member", {"roster": WIDE.digest}, PolicyRefused, ("roster",)),
-    ("not in cohort", {"owner": "zed"}, PolicyRefused, ("zed",)),
-    ("small cohort", {**_small(3), "policy": dataclasses.replace(POLICY, min_cohort=4)}, PolicyRefused, ("3", "4")),
-    ("threshold below honest", {"threshold": 2}, PolicyRefused, ("2 of 4", "3 to 4")),
-    ("threshold above cohort", {"threshold": 5}, PolicyRefused, ("5 of 4",)),
-    ("two survivors", {"min_survivors": 2}, PolicyRefused, ("2 owners", "3 to 4")),
-    ("fewer survivors than ours", {"policy": dataclasses.replace(POLICY, min_survivors=4)}, PolicyRefused, ("3", "4")),
+    ("round again", {"last_round": 1}, RoundReplayed, ("round 1",)),
+    ("older round", {"last_round": 7}, RoundReplayed, ("round 1", "round 7")),
+    ("other roster", {"roster": OTHER}, RosterMismatch, ("cccccccc", ROSTER.digest[:16])),
+    ("added member", {"roster": WIDE.digest}, RosterMismatch, ("roster",)),
+    ("not in cohort", {"owner": "zed"}, CohortRefused, ("zed",)),
+    ("small cohort", {**_small(3), "policy": dataclasses.replace(POLICY, min_cohort=4)}, CohortRefused, ("3", "4")),
+    ("threshold below honest", {"threshold": 2}, ThresholdRefused, ("2 of 4", "3 to 4")),
+    ("threshold above cohort", {"threshold": 5}, ThresholdRefused, ("5 of 4",)),
+    ("two survivors", {"min_survivors": 2}, ThresholdRefused, ("2 owners", "3 to 4")),
+    ("fewer survivors than ours", {"policy": dataclasses.replace(POLICY, min_survivors=4)}, ThresholdRefused,
+     ("3", "4")),
+    ("second attempt first", {"attempt": 2}, RoundReplayed, ("attempt 2", "1 expected")),
+    ("fewer neighbours", {"neighbours": 2}, ThresholdRefused, ()),
     ("other base", {"spec": dataclasses.replace(SPEC, base=OTHER)}, BaseMismatch, ("cccccccc", "bbbbbbbb")),
     ("base not allowed", {"policy": dataclasses.replace(POLICY, allowed_bases=(OTHER,))}, BaseMismatch, ("bbbbbbbb",)),
     ("no dp", {"mechanism": Mechanism.none()}, PolicyRefused, ("dp-sgd",)),

@@ -15,6 +15,7 @@ from fedllm.ids import OwnerId, RoundNumber, sha256
 from fedllm.messages.envelope import Envelope, check_reply, reply_to, request_id, seal, unseal
 from fedllm.messages.plan import (
     PLAN_CONTEXT,
+    PLAN_VERSION,
     Mechanism,
     Recipe,
     Ring,
@@ -32,7 +33,8 @@ def plan(**changes: object) -> RoundPlan:
     """Return a valid plan with some fields replaced."""
     spec = AdapterSpec(sha256(b"base"), 2, 4, {"q_proj": (8, 8)}, (0,))
     made = RoundPlan(
-        version=1, federation="tools", round=RoundNumber(3), nonce=bytes(32), cohort=OWNERS, threshold=3,
+        version=PLAN_VERSION, federation="tools", round=RoundNumber(3), attempt=1, nonce=bytes(32), cohort=OWNERS,
+        threshold=3, neighbours=3, corruption=0.05, dropout=0.05,
         min_survivors=3, roster=sha256(b"roster"), spec=spec, head=sha256(b"head"), head_version=None,
         layout=spec.layout(("B",)).digest, method="ffa", weights=dict.fromkeys(OWNERS, 1.0),
         declared_records=dict.fromkeys(OWNERS, 100), recipe=Recipe("sgd", 12.0, 2, 8, 8, 160),
@@ -53,11 +55,11 @@ def test_a_signed_plan_opens_with_the_pinned_key_only() -> None:
 
 
 def test_a_plan_of_another_version_is_named_before_its_fields_are_read() -> None:
-    """A newer coordinator gets 'version 2 found, 1 spoken here', not a decode error."""
+    """A newer coordinator gets 'version 9 found, 2 spoken here', not a decode error."""
     fields = cbor2.loads(plan().encoded)
-    future = cbor2.dumps({**fields, "version": 2, "brand_new": True}, canonical=True)
+    future = cbor2.dumps({**fields, "version": 9, "brand_new": True}, canonical=True)
     signed = SignedPlan(future, ME.sign(PLAN_CONTEXT, future))
-    with pytest.raises(VersionUnsupported, match="version 2 found, 1 spoken"):
+    with pytest.raises(VersionUnsupported, match="version 9 found, 2 spoken"):
         signed.open(ME.public)
 
 
@@ -65,9 +67,10 @@ def test_every_field_changes_the_digest() -> None:
     """H(plan) binds all of it: two owners shown different plans cannot cancel masks."""
     seen = {plan().digest}
     for changes in ({"threshold": 4}, {"head": sha256(b"x")}, {"nonce": b"\1" * 32}, {"round": RoundNumber(4)},
-                    {"roster": sha256(b"y")}, {"ring": Ring(32, 16, 4.0)}):  # fmt: skip
+                    {"roster": sha256(b"y")}, {"ring": Ring(32, 16, 4.0)}, {"attempt": 2}, {"neighbours": 2},
+                    {"corruption": 0.1}, {"dropout": 0.1}):  # fmt: skip
         seen.add(plan(**changes).digest)
-    assert len(seen) == 7
+    assert len(seen) == 11
 
 
 @pytest.mark.parametrize(
@@ -75,14 +78,17 @@ def test_every_field_changes_the_digest() -> None:
     [
         {"cohort": OWNERS[::-1]},
         {"nonce": bytes(16)},
+        {"attempt": 0},
+        {"corruption": 1.0},
+        {"dropout": -0.1},
         {"weights": {"east": 1.0}},
         {"weights": None},
         {"declared_records": dict.fromkeys(OWNERS, 0)},
     ],
 )
 def test_plans_no_honest_coordinator_makes_cannot_be_built(changes: dict[str, object]) -> None:
-    """Unsorted cohort, short nonce, uncovered weights, private weights under DP, empty owners."""
-    with pytest.raises(ValueError, match=r"cohort|nonce|weights|declared"):
+    """Unsorted cohort, short nonce, no attempt, impossible rates, uncovered or private weights, empty owners."""
+    with pytest.raises(ValueError, match=r"cohort|nonce|weights|declared|attempt"):
         plan(**changes)
 
 

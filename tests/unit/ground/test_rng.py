@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedllm.rng import OsRng, SeededRng, keystream, uniform_floats, uniform_u32
+from fedllm.rng import MAX_WORDS, OsRng, SeededRng, WordStream, keystream, uniform_floats, uniform_u32
 
 
 def test_keystream_is_aes_256_ctr_from_counter_zero() -> None:
@@ -27,6 +27,27 @@ def test_keystream_refuses_short_keys_and_offsets_inside_a_block(key: bytes, off
     """A 128-bit key or a misaligned offset is a programming error, never a weaker mask."""
     with pytest.raises(ValueError, match="keystream"):
         keystream(key, 16, offset=offset)
+
+
+@pytest.mark.parametrize("runs", [[1000], [1, 2, 3, 994], [37] * 27 + [1], [MAX_WORDS, 5]])
+def test_a_word_stream_is_the_keystream_however_it_is_cut(runs: list[int]) -> None:
+    """Runs that end inside an AES block go on where they stopped."""
+    key = bytes(range(32))
+    stream = WordStream(key)
+    made = []
+    for run in runs:
+        buffer = bytearray(4 * run)
+        stream.fill(memoryview(buffer))
+        made.append(np.frombuffer(buffer, dtype="<u4"))
+    assert (np.concatenate(made) == uniform_u32(key, sum(runs))).all()
+
+
+def test_a_word_stream_refuses_short_keys_and_runs_that_are_too_long() -> None:
+    """Neither gives weaker or missing words."""
+    with pytest.raises(ValueError, match="keystream key has 16 bytes"):
+        WordStream(bytes(16))
+    with pytest.raises(ValueError, match="buffer"):
+        WordStream(bytes(32)).fill(memoryview(bytearray(4 * MAX_WORDS + 4)))
 
 
 def test_words_are_uniform() -> None:

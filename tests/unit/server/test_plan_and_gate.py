@@ -63,20 +63,26 @@ def test_too_few_owners_is_not_yet_and_too_small_a_roster_never(tmp_path: Path) 
         plan_of(World(tmp_path, owners=("east", "west")), ALL)
 
 
-@pytest.mark.parametrize("owners", [3, 4, 7, 8, 100, 128])
-@pytest.mark.parametrize("value_bits", [8, 12, 16, 20])
-def test_ring_has_room_and_is_no_wider_than_a_byte_more(owners: int, value_bits: int) -> None:
+@pytest.mark.parametrize("owners", [3, 4, 7, 8, 100, 128, 256, 257])
+@pytest.mark.parametrize("value_bits", [7, 8, 12, 14, 16, 20])
+def test_ring_has_room_and_is_no_wider_than_it_must_be(owners: int, value_bits: int) -> None:
     """The arithmetic's own check agrees with every ring the plan chooses."""
     bits = ring_bits(value_bits, owners)
     check_capacity(owners, value_bits, bits)
-    if bits > 8:
+    if bits - 8 > value_bits:
         with pytest.raises(ConfigError):
-            check_capacity(owners, value_bits, bits - 16)
+            check_capacity(owners, value_bits, bits - 8)
+
+
+def test_sixteen_bits_take_three_bytes_up_to_256_owners_and_two_where_they_fit() -> None:
+    """The default is 3 bytes an entry; 4 owners with 14 bits fit 2."""
+    assert [ring_bits(16, n) for n in (4, 256, 257)] == [24, 24, 32]
+    assert [ring_bits(14, n) for n in (4, 5)] == [16, 24]
 
 
 def test_a_ring_too_narrow_for_its_owners_is_refused() -> None:
     """31-bit values of four owners fit no ring of 32 bits."""
-    with pytest.raises(PolicyRefused, match="need a ring of 34 bits"):
+    with pytest.raises(PolicyRefused, match="need a ring of 33 bits"):
         ring_bits(31, 4)
 
 

@@ -4,7 +4,6 @@ It holds no key, no data and no model, and runs without read access to them.
 """
 
 import grpc
-import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -19,12 +18,16 @@ def _identity(data: bytes) -> bytes:
     return data
 
 
+def _array(data: bytes) -> Array:
+    return Array(dtype="uint8", shape=(len(data),), stype="bytes", data=data)
+
+
 @app.train("relay")  # type: ignore[untyped-decorator]
 def relay(message: Message, context: Context) -> Message:
-    """Deliver one sealed envelope to the daemon's socket and return its sealed reply."""
-    request = message.content["envelope"]["bytes"].numpy().tobytes()
+    """Deliver one sealed envelope to the daemon and return its reply: one array for the head, one for each part."""
+    request = message.content["envelope"]["head"].data
     with grpc.insecure_channel(f"unix:{context.node_config['socket']}", options=UNLIMITED) as channel:
-        call = channel.unary_unary(DELIVER, request_serializer=_identity, response_deserializer=_identity)
-        reply = call(request, timeout=TIMEOUT_S)
-    record = ArrayRecord({"bytes": Array(np.frombuffer(reply, dtype=np.uint8))})
+        call = channel.unary_stream(DELIVER, request_serializer=_identity, response_deserializer=_identity)
+        head, *parts = call(request, timeout=TIMEOUT_S)
+    record = ArrayRecord({"head": _array(head), **{f"part-{i:05d}": _array(part) for i, part in enumerate(parts)}})
     return Message(RecordDict({"envelope": record}), reply_to=message)

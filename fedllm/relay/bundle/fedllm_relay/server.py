@@ -1,8 +1,11 @@
 """The coordinator's end: one connection to the coordinator's socket for as long as this run lives.
 
-Frames are a 4-byte length, a JSON header with the sizes of the parts, and the parts. Down comes ``send``
-(messages for nodes); up go ``hello``, ``nodes``, ``reply`` and ``failed``. When the connection ends, so does
-the run: the coordinator starts another one.
+Frames are a 4-byte length, a JSON header with the sizes of the blobs, and the blobs. Down comes ``send``
+(messages for nodes); up go ``hello``, ``nodes``, ``failed``, and ``reply``, which is followed by a ``part`` for
+each part that it announces. A frame is handed to gRPC only when the one before is on its way, and the next
+reply is fetched only after the last frame of the one before: whoever reads slowly at the coordinator stops
+Flower here, not in this process's memory. When the connection ends, so does the run: the coordinator starts
+another one.
 """
 
 import json
@@ -14,13 +17,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
-import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 LINK = "/fedllm.Relay/Link"
 UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 NODES_EVERY_S = 2.0
+NODES_EVERY_PENDING_S = 10.0
+STALL_S = 15.0
+"""Seconds after which the reply that is being fetched no longer holds the others up."""
+MAX_HEAD = 64 << 20
+MAX_PART = (4 << 20) + 4096
+MAX_PARTS = 4096
+NOT_PUSHED = -1
+UNREADABLE = -2
 
 app = ServerApp()
 
@@ -29,19 +39,23 @@ def _identity(data: bytes) -> bytes:
     return data
 
 
-def _pack(header: dict[str, Any], *parts: bytes) -> bytes:
-    encoded = json.dumps({**header, "sizes": [len(p) for p in parts]}).encode()
-    return b"".join((struct.pack(">I", len(encoded)), encoded, *parts))
+def _array(data: bytes) -> Array:
+    return Array(dtype="uint8", shape=(len(data),), stype="bytes", data=data)
+
+
+def _pack(header: dict[str, Any], *blobs: bytes) -> bytes:
+    encoded = json.dumps({**header, "sizes": [len(b) for b in blobs]}).encode()
+    return b"".join((struct.pack(">I", len(encoded)), encoded, *blobs))
 
 
 def _unpack(frame: bytes) -> tuple[dict[str, Any], list[bytes]]:
     (size,) = struct.unpack_from(">I", frame)
     header = json.loads(frame[4 : 4 + size])
-    parts, at = [], 4 + size
+    blobs, at = [], 4 + size
     for each in header["sizes"]:
-        parts.append(frame[at : at + each])
+        blobs.append(frame[at : at + each])
         at += each
-    return header, parts
+    return header, blobs
 
 
 class Link:
@@ -50,6 +64,9 @@ class Link:
     def __init__(self, socket: str) -> None:
         self.down: queue.Queue[bytes | None] = queue.Queue()
         self._up: queue.Queue[bytes | None] = queue.Queue()
+        self._unsent = 0
+        self._ended = False
+        self._moved = threading.Condition()
         self._channel = grpc.insecure_channel(f"unix:{socket}", options=UNLIMITED)
         call = self._channel.stream_stream(LINK, request_serializer=_identity, response_deserializer=_identity)
         self._frames = call(self._outgoing())
@@ -58,6 +75,11 @@ class Link:
     def _outgoing(self) -> Iterator[bytes]:
         while (frame := self._up.get()) is not None:
             yield frame
+            del frame
+            # gRPC asks for the next frame when it has sent this one, which flow control may delay
+            with self._moved:
+                self._unsent -= 1
+                self._moved.notify_all()
 
     def _receive(self) -> None:
         try:
@@ -66,11 +88,17 @@ class Link:
         except grpc.RpcError:
             pass  # an ended stream and a broken one mean the same: this run is over
         finally:
+            with self._moved:
+                self._ended = True
+                self._moved.notify_all()
             self.down.put(None)
 
-    def send(self, header: dict[str, Any], *parts: bytes) -> None:
-        """Queue one frame for the coordinator."""
-        self._up.put(_pack(header, *parts))
+    def send(self, header: dict[str, Any], *blobs: bytes) -> None:
+        """Send one frame to the coordinator; returns when it is sent, or when the stream has ended."""
+        with self._moved:
+            self._unsent += 1
+            self._up.put(_pack(header, *blobs))
+            self._moved.wait_for(lambda: self._ended or not self._unsent)
 
     def close(self) -> None:
         """End the stream."""
@@ -78,21 +106,41 @@ class Link:
         self._channel.close()
 
 
+class _Pull(threading.Thread):
+    """Fetches one reply, if it is there; a thread because a node that stops in mid-upload makes it last."""
+
+    def __init__(self, grid: Grid, identifier: str) -> None:
+        super().__init__(daemon=True)
+        self._grid = grid
+        self._identifier = identifier
+        self.messages: list[Message] = []
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Fetch."""
+        try:
+            self.messages = list(self._grid.pull_messages([self._identifier]))
+        except Exception as error:  # noqa: BLE001 - a hostile node's reply can be wrong in any way
+            self.error = error
+
+
 class Relay:
-    """Pushes what came down, pulls what is pending, reports both."""
+    """Pushes what came down, pulls what is pending, one reply at a time, reports both."""
 
     def __init__(self, grid: Grid, link: Link) -> None:
         self._grid = grid
         self._link = link
         self._pending: dict[str, str] = {}
+        self._stalled: dict[str, _Pull] = {}
         self._nodes: list[str] | None = None
-        self._nodes_at = 0.0
+        self._nodes_at = float("-inf")
 
     def run(self, poll_s: float) -> None:
-        """Work until the stream ends."""
-        while self._take(poll_s if self._pending else NODES_EVERY_S):
+        """Work until the stream ends; each pending reply is asked for once in `poll_s` seconds."""
+        self._report_nodes()
+        while self._take(poll_s / len(self._pending) if self._pending else NODES_EVERY_S):
             if self._pending:
-                self._pull()
+                self._pull_next()
             self._report_nodes()
 
     def _take(self, wait_s: float) -> bool:
@@ -102,41 +150,65 @@ class Relay:
             return True
         if frame is None:
             return False
-        header, parts = _unpack(frame)
+        header, blobs = _unpack(frame)
         if header["op"] == "send":
-            self._push(header["items"], parts)
+            self._push(header["items"], blobs)
         return True
 
-    def _push(self, items: list[dict[str, Any]], parts: list[bytes]) -> None:
+    def _push(self, items: list[dict[str, Any]], blobs: list[bytes]) -> None:
         messages = [
             Message(
-                RecordDict({"envelope": ArrayRecord({"bytes": Array(np.frombuffer(part, dtype=np.uint8))})}),
+                RecordDict({"envelope": ArrayRecord({"head": _array(blob)})}),
                 dst_node_id=int(item["node"]),
                 message_type="train.relay",
                 ttl=float(item["ttl_s"]),
             )
-            for item, part in zip(items, parts, strict=True)
+            for item, blob in zip(items, blobs, strict=True)
         ]
         ids = list(self._grid.push_messages(messages)) or [None] * len(items)
         for item, identifier in zip(items, ids, strict=True):
             if identifier:
                 self._pending[identifier] = item["tag"]
             else:
-                self._link.send({"op": "failed", "tag": item["tag"], "code": -1})
+                self._link.send({"op": "failed", "tag": item["tag"], "code": NOT_PUSHED})
 
-    def _pull(self) -> None:
-        for reply in self._grid.pull_messages(list(self._pending)):
-            tag = self._pending.pop(reply.metadata.reply_to_message_id, None)
-            if tag is None:
-                continue
-            if reply.has_error():
-                self._link.send({"op": "failed", "tag": tag, "code": reply.error.code})
-            else:
-                data = reply.content["envelope"]["bytes"].numpy().tobytes()
-                self._link.send({"op": "reply", "tag": tag}, data)
+    def _pull_next(self) -> None:
+        identifier = next(iter(self._pending))
+        tag = self._pending.pop(identifier)
+        pull = self._stalled.pop(identifier, None)
+        if pull is None:
+            pull = _Pull(self._grid, identifier)
+            pull.start()
+            pull.join(STALL_S)
+        if pull.is_alive():
+            self._stalled[identifier] = pull
+        if pull.is_alive() or not (pull.messages or pull.error):
+            self._pending[identifier] = tag  # behind all the others
+        elif pull.error:
+            print(f"a reply could not be fetched: {type(pull.error).__name__}", flush=True)  # noqa: T201
+            self._link.send({"op": "failed", "tag": tag, "code": UNREADABLE})
+        else:
+            self._pass_on(tag, pull.messages[0])
+
+    def _pass_on(self, tag: str, reply: Message) -> None:
+        if reply.has_error():
+            self._link.send({"op": "failed", "tag": tag, "code": reply.error.code})
+            return
+        try:
+            record = reply.content["envelope"]
+            head, parts = record["head"].data, [record[name].data for name in sorted(record) if name != "head"]
+        except (KeyError, TypeError, AttributeError):
+            head, parts = b"", []
+        if not 0 < len(head) <= MAX_HEAD or len(parts) > MAX_PARTS or any(len(p) > MAX_PART for p in parts):
+            self._link.send({"op": "failed", "tag": tag, "code": UNREADABLE})
+            return
+        self._link.send({"op": "reply", "tag": tag, "parts": len(parts)}, head)
+        for part in parts:
+            self._link.send({"op": "part", "tag": tag}, part)
 
     def _report_nodes(self) -> None:
-        if time.monotonic() - self._nodes_at < NODES_EVERY_S:
+        every_s = NODES_EVERY_PENDING_S if self._pending else NODES_EVERY_S
+        if time.monotonic() - self._nodes_at < every_s:
             return
         self._nodes_at = time.monotonic()
         nodes = sorted(str(node) for node in self._grid.get_node_ids())

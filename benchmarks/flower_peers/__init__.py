@@ -1,0 +1,1 @@
+"""Two Flower apps that `benchmarks.round` runs next to fedllm: Flower's own SecAgg+, and plain FedAvg."""

@@ -1,0 +1,1 @@
+"""Flower's FedAvg on the Message API: no privacy at all, one exchange a round."""
