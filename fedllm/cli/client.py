@@ -80,6 +80,8 @@ def join(
             hint="send the line of 'fedllm client key' to the operator, who adds it and sends a fresh join file",
         )
     _check_pinned(home, offer.coordinator_key)
+    if offer.certificate is not None:
+        _check_own_certificate(home)
     if not data.is_dir():
         raise NotFound(f"no data folder {data}", hint="a folder with train.jsonl and heldout.jsonl")
     opened = open_base(base)
@@ -98,8 +100,6 @@ def join(
         **({"direct": offer.direct} if offer.direct else {}),
     }  # fmt: skip
     lines = [f"{k} = {json.dumps(v)}" for k, v in settings.items()]
-    if offer.certificate is not None:
-        _check_own_certificate(home)
     with drafts(home) as scratch:
         offer.roster.save(scratch / "roster.json")
         (scratch / CLIENT_FILE).write_text("[client]\n" + "\n".join(lines) + "\n", encoding="utf-8")

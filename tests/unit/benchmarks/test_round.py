@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from round_world import World
 
 from benchmarks import round as bench
 from benchmarks.document import GATE_FAILED, GateFailed
+from benchmarks.round_coordinator import Exchanges, Watch
 from benchmarks.round_federation import FACTORS, NAMES, PINNED_DIR, enrol, make_settings, make_spec
 from benchmarks.round_flower import running, wait_for_rounds
 from benchmarks.round_owner import KnownUpdate
 from benchmarks.round_updates import AMPLITUDE, OWNERS, Recorder, read_records, update, worst_error
+from fedllm import telemetry
 from fedllm.clock import SystemClock
-from fedllm.errors import ConfigError, ProcessDied
+from fedllm.errors import ConfigError, NotReady, ProcessDied
 from fedllm.identity import Roster, SigningIdentity
 from fedllm.relay.processes import Supervised
 from fedllm.relay.tls import PinnedOwners, TlsIdentity
 from fedllm.server.federation import Federation, initial_state
+from fedllm.server.ports import RoundEvent
 
 DIM = 400
 
@@ -194,3 +200,67 @@ def test_rounds_that_take_too_long_fail(tmp_path: Path) -> None:
     with pytest.raises(ProcessDied, match=r"not done after 0\.1 s"), running([lasting]):
         wait_for_rounds(tmp_path, 1, [lasting], 0.1)
     assert not lasting.alive()
+
+
+class Told(list):
+    """Events of a world's rounds, handed on to a watch."""
+
+    watch: Watch
+
+    def append(self, event: RoundEvent) -> None:
+        """Hand on."""
+        self.watch.progress(event)
+
+
+def watched(folder: Path, **settings: object) -> tuple[World, Told]:
+    """Return a federation in memory whose rounds are watched; the watch's clock ticks a second a look."""
+    world = World(folder, **settings)
+    ticks = iter(float(i) for i in range(100))
+    world.events = Told()
+    world.events.watch = Watch(Recorder(folder, lambda: next(ticks)), Exchanges())
+    return world, world.events
+
+
+def test_a_watch_stops_at_the_new_model_and_again_at_the_end(tmp_path: Path) -> None:
+    """Looks at the clock: at the beginning, at the new model, at the end, and so on in the next round."""
+    world, told = watched(tmp_path)
+    runner = world.runner()
+    for _ in range(2):
+        asyncio.run(told.watch.round(runner, world.registry))
+    found = read_records(tmp_path)
+    assert [(each["seconds"], each["with_scores_s"]) for each in found] == [(1.0, 2.0), (1.0, 2.0)]
+    assert {"PLANNED", "TRAINING", "MASKED", "UNMASK", "EVALUATING"} <= set(found[0]["phases"])
+    assert found[0]["upload_bytes"] > 0
+
+
+def test_a_round_that_fails_is_no_figure(tmp_path: Path) -> None:
+    """Nobody answers: the benchmark ends with the round's own reason."""
+    world, told = watched(tmp_path, attempts=1)
+    world.carrier.fault = lambda _owner, kind, _count: "lose" if kind == "SendMasked" else "deliver"
+    with pytest.raises(NotReady, match="round 1 ended ABORTED"):
+        asyncio.run(told.watch.round(world.runner(), world.registry))
+    assert read_records(tmp_path) == []
+
+
+def test_a_version_that_is_held_is_no_figure(tmp_path: Path) -> None:
+    """The next round would start from another model than the gate of the benchmark thinks."""
+    world, told = watched(tmp_path)
+    for agent in world.agents.values():
+        agent.losses = (2.0, 1.0)
+    with pytest.raises(NotReady, match="round 1 was not published"):
+        runner = world.runner()
+        asyncio.run(told.watch.round(runner, world.registry))
+    assert read_records(tmp_path) == []
+
+
+def test_only_exchanges_are_counted() -> None:
+    """By the event that every carrier logs."""
+    counter, logger = Exchanges(), logging.getLogger("fedllm.test_round")
+    logger.addHandler(counter)
+    logger.setLevel(logging.INFO)
+    try:
+        for name in ("exchange", "round accepted", "exchange"):
+            telemetry.event(logger, name, seconds=1.0)
+    finally:
+        logger.removeHandler(counter)
+    assert counter.count == 2

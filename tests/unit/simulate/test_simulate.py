@@ -174,12 +174,12 @@ def test_impossible_federations_are_refused_before_anything_is_made(
         Cast.of(toy_settings(owners, noise=noise), dim, 0)
 
 
-@pytest.mark.parametrize("owners", [4, 140])
-def test_the_forecast_of_uploads_is_what_owners_send(owners: int) -> None:
-    """On the complete graph to 2 %; on a sparse one an owner is picked more or less often than it picks: to 30 %."""
-    report = run(owners, by_chance(), dim=200)
-    federation = Cast.of(toy_settings(owners, noise=None), 200, 0).federation
+@pytest.mark.parametrize(("owners", "dim", "within"), [(4, 20_000, 0.01), (140, 200, 0.3)])
+def test_the_forecast_of_uploads_is_what_owners_send(owners: int, dim: int, within: float) -> None:
+    """But for the last goodbye; on a sparse graph an owner is picked more or less often than it picks."""
+    report = run(owners, by_chance(), dim=dim)
+    federation = Cast.of(toy_settings(owners, noise=None), dim, 0).federation
     forecast = Forecast.of(whole_plan(federation), federation.roster)
     assert forecast.graph == ("complete" if owners == 4 else "sparse")
     assert (forecast.neighbours, forecast.threshold) == (report.neighbours, report.threshold)
-    assert forecast.upload_bytes == pytest.approx(report.upload_bytes, rel=0.02 if owners == 4 else 0.3)
+    assert forecast.upload_bytes == pytest.approx(report.upload_bytes, rel=within)
