@@ -4,6 +4,10 @@ Both protocols run to the end on the same vectors, with the complete graph, the 
 dropouts (owners who shared their keys and then never masked). Every figure is CPU seconds of this process; an owner's
 is the median over owners, owners of the two protocols taking turns. Flower's functions are called directly,
 without its messages; what fedllm does more (signatures, consistency, commitments) is in its figures.
+
+Vectors are made as they are needed, so memory does not grow with the owners. For very long ones ``--flower-owners``
+lets only so many of Flower's owners mask: its sum is nothing then, and is checked at the gate's length only.
+``--growth`` leaves Flower out and lets the cohort grow (`benchmarks.secagg_growth`).
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import sys
 import time
 import tracemalloc
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -24,9 +28,11 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from rich.table import Table
 
+from benchmarks import secagg_growth
 from benchmarks.document import Document, parser, rounded, run
 from benchmarks.secagg_flower import Flower
 from benchmarks.secagg_ours import Fedllm
+from fedllm.aggregation.secagg.graph import COMPLETE_UP_TO
 from fedllm.errors import ConfigError
 from fedllm.messages.plan import honest_threshold
 
@@ -36,6 +42,7 @@ GATE_DIM = 1000
 QUICK_DIM = 200_000
 CLIP_RANGE = 8.0
 _FLOOR_BUFFER = 1 << 17
+_FLOOR_SAMPLES = 10
 
 
 class Provider(Protocol):
@@ -75,7 +82,7 @@ class Provider(Protocol):
     def open(self) -> None:
         """Open the sum of the survivors. The coordinator's."""
 
-    def check(self, updates: list[F32]) -> None:
+    def check(self, updates: Sequence[F32]) -> None:
         """Raise `GateFailed` unless the opened sum is the plain sum of the survivors' quantised vectors."""
 
 
@@ -97,21 +104,43 @@ def cpu(work: Callable[[], T]) -> tuple[float, T]:
     return time.process_time() - start, result
 
 
-def play(providers: dict[str, Provider], updates: list[F32], dropouts: int) -> tuple[dict[str, Costs], list[float]]:
+def play(
+    providers: dict[str, Provider], updates: Sequence[F32], dropouts: int, *, masking: Mapping[str, int] | None = None
+) -> tuple[dict[str, Costs], list[float]]:
     """Run all providers through one sum, taking turns, and check each; return costs and the floor's samples.
 
     Parameters
     ----------
-    updates : list[F32]
+    updates : Sequence[F32]
         One vector an owner, shape ``(dim,)``; the last `dropouts` owners never mask.
+    masking : Mapping[str, int], optional
+        Providers of which only so many owners mask: their figures are good, their sums are not, and unchecked.
 
     Raises
     ------
     GateFailed
     """
-    owners, survivors = range(len(updates)), range(len(updates) - dropouts)
+    survivors = range(len(updates) - dropouts)
+    last = {name: min((masking or {}).get(name, len(survivors)), len(survivors)) - 1 for name in providers}
     costs = {name: Costs() for name in providers}
+    _share(providers, costs, range(len(updates)))
     floor: list[float] = []
+    for i in survivors:
+        update = updates[i]
+        for name, provider in providers.items():
+            if i <= last[name]:
+                _mask(provider, costs[name], i, update, traced=i == last[name])
+        if i % max(1, len(survivors) // _FLOOR_SAMPLES) == 0:
+            floor.append(mask_floor(update.size, len(updates)))
+    for name, provider in providers.items():
+        _open(provider, costs[name], survivors)
+        if last[name] == survivors[-1]:
+            provider.check(updates)
+    return costs, floor
+
+
+def _share(providers: dict[str, Provider], costs: dict[str, Costs], owners: range) -> None:
+    """Run the first two steps: everybody's keys, and everybody's shares."""
     for i, name in product(owners, providers):
         costs[name].setup.append(cpu(partial(providers[name].setup, i))[0])
     for provider in providers.values():
@@ -120,18 +149,15 @@ def play(providers: dict[str, Provider], updates: list[F32], dropouts: int) -> t
         costs[name].setup[i] += cpu(partial(providers[name].share, i))[0]
     for provider in providers.values():
         provider.forward()
+
+
+def _open(provider: Provider, costs: Costs, survivors: range) -> None:
+    """Run the last two steps of one protocol: survivors agree and answer, and the sum is opened."""
+    costs.reveal = [cpu(partial(provider.confirm, i))[0] for i in survivors]
+    provider.settle()
     for i in survivors:
-        for name, provider in providers.items():
-            _mask(provider, costs[name], i, updates[i], traced=i == survivors[-1])
-        floor.append(mask_floor(updates[i].size, len(updates)))
-    for name, provider in providers.items():
-        costs[name].reveal = [cpu(partial(provider.confirm, i))[0] for i in survivors]
-        provider.settle()
-        for i in survivors:
-            costs[name].reveal[i] += cpu(partial(provider.reveal, i))[0]
-        costs[name].unmask, _ = cpu(provider.open)
-        provider.check(updates)
-    return costs, floor
+        costs.reveal[i] += cpu(partial(provider.reveal, i))[0]
+    costs.unmask, _ = cpu(provider.open)
 
 
 def _mask(provider: Provider, costs: Costs, owner: int, update: F32, *, traced: bool) -> None:
@@ -165,9 +191,29 @@ def mask_floor(dim: int, masks: int) -> float:
     return cpu(add_all)[0]
 
 
-def make_updates(owners: int, dim: int) -> list[F32]:
-    """Return one vector an owner, normal with deviation 0.1, repeatable."""
-    return [np.random.default_rng([7, i]).normal(0, 0.1, dim).astype(np.float32) for i in range(owners)]
+class Updates(Sequence[F32]):
+    """One vector an owner, normal with deviation 0.1, made anew each time it is looked at.
+
+    Parameters
+    ----------
+    owners, dim : int
+    """
+
+    def __init__(self, owners: int, dim: int) -> None:
+        self._owners, self._dim = owners, dim
+
+    def __len__(self) -> int:
+        return self._owners
+
+    def __getitem__(self, owner: Any) -> Any:
+        if not 0 <= owner < self._owners:
+            raise IndexError(owner)
+        return np.random.default_rng([7, owner]).standard_normal(self._dim, dtype=np.float32) * np.float32(0.1)
+
+
+def make_updates(owners: int, dim: int) -> Updates:
+    """Return one vector an owner, repeatable."""
+    return Updates(owners, dim)
 
 
 def make_providers(owners: int, dim: int, dropouts: int) -> dict[str, Provider]:
@@ -178,14 +224,19 @@ def make_providers(owners: int, dim: int, dropouts: int) -> dict[str, Provider]:
 
 def measure(options: Namespace) -> Document:
     """Gate on short vectors, then time on long ones (and check those, too)."""
+    if options.growth:
+        return secagg_growth.measure(options)
     owners, dropouts = options.owners, options.dropouts
     dim = options.dim or (QUICK_DIM if options.quick else 1_000_000)
     needed = max(3, honest_threshold(owners))
     if owners - dropouts < needed:
         raise ConfigError(f"{owners} owners with {dropouts} dropouts leave {owners - dropouts}, {needed} are needed")
+    if owners > COMPLETE_UP_TO:
+        raise ConfigError(f"{owners} owners: up to {COMPLETE_UP_TO} both graphs are complete; see --growth for more")
     play(make_providers(owners, GATE_DIM, dropouts), make_updates(owners, GATE_DIM), dropouts)
     providers = make_providers(owners, dim, dropouts)
-    costs, floor = play(providers, make_updates(owners, dim), dropouts)
+    masking = {"flower": options.flower_owners} if options.flower_owners else {}
+    costs, floor = play(providers, make_updates(owners, dim), dropouts, masking=masking)
     shown = {name: _fields(costs[name], provider.upload_bytes) for name, provider in providers.items()}
     ours, theirs = shown["fedllm"], shown["flower"]
     return {
@@ -196,6 +247,8 @@ def measure(options: Namespace) -> Document:
         "dropouts": dropouts,
         "neighbours": owners - 1,
         "threshold": honest_threshold(owners),
+        "masked_owners": {name: len(cost.mask) + 1 for name, cost in costs.items()},
+        "exact_at": {name: GATE_DIM if name in masking else dim for name in costs},
         "dtype": "float32 vectors",
         "settings": "fedllm 16-bit values in 24-bit entries; Flower 22-bit values in 64-bit entries, its default",
         "providers": shown,
@@ -222,6 +275,8 @@ def _fields(costs: Costs, upload_bytes: int) -> Document:
 def table(document: Document) -> Table:
     """Return the document as a table."""
     d = document
+    if "growth" in d:
+        return secagg_growth.table(d)
     made = Table(
         title=f"secagg: {d['owners']} owners, {d['dim']:,} entries, {d['dropouts']} dropouts, exact",
         caption=f"against Flower: mask {d['mask_speedup']:.1f}x, unmask {d['unmask_speedup']:.1f}x as fast, "
@@ -242,6 +297,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--owners", type=int, default=10)
     arguments.add_argument("--dim", type=int, help=f"entries; 1000000, with --quick {QUICK_DIM}")
     arguments.add_argument("--dropouts", type=int, default=1, help="owners lost after they shared their keys")
+    arguments.add_argument("--flower-owners", type=int, help="only so many of Flower's owners mask; for long vectors")
+    arguments.add_argument("--growth", action="store_true", help="fedllm alone, with 8 to 1000 owners")
+    arguments.add_argument("--corruption", type=float, default=0.1, help="of the cohort; with --growth")
+    arguments.add_argument("--dropout", type=float, default=0.1, help="of the cohort; with --growth")
     return run("secagg", arguments, measure, table, argv)
 
 

@@ -7,6 +7,7 @@ functions. Vectors are added as they come in, which the workflow does not do; th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -156,14 +157,17 @@ class Flower:
                 masked = combine(masked, mask)
         self._opened = parameters_mod(masked, MOD_RANGE)
 
-    def check(self, updates: list[F32]) -> None:
+    def check(self, updates: Sequence[F32]) -> None:
         """Gate: the opened sum is the plain sum, and decodes to the float sum within a grid step an owner."""
         plain = parameters_mod(self._plain, MOD_RANGE)
         wrong = sum(int(np.count_nonzero(a != b)) for a, b in zip(plain, self._opened, strict=True))
         check(wrong == 0, f"flower: {wrong} entries of the opened sum differ from the plain sum")
         _, body = factor_extract(self._opened)
         decoded = dequantize(body, self._clip_range, TARGET_RANGE)[0] - (self._survivors - 1) * self._clip_range
-        off = float(np.abs(decoded - np.sum(updates[: self._survivors], axis=0, dtype=np.float64)).max())
+        exact = np.zeros(decoded.shape)
+        for owner in range(self._survivors):
+            exact += updates[owner]
+        off = float(np.abs(decoded - exact).max())
         allowed = self._survivors * 2 * self._clip_range / TARGET_RANGE + 1e-6  # it rounds in float32
         check(off <= allowed, f"flower: the decoded sum is {off:.3g} off the float sum, {allowed:.3g} allowed")
 

@@ -36,7 +36,8 @@ FIRST_PAUSE_S = 0.1
 LAST_PAUSE_S = 5.0
 WELCOME_S = 20.0
 AT_ONCE = 4
-"""Requests in the daemon's hands at a time; more wait on the stream."""
+"""Requests in the daemon's hands at a time; more wait here."""
+MOST_WAITING = 64
 _DAEMON_PAUSE_S = 0.2
 _DAEMON_GONE_S = 3.0
 """A daemon that is restarted by its supervisor serves its socket again within this."""
@@ -177,26 +178,33 @@ class Dialler:
                 say(f"connected to {self._options.address}")
                 await _Line(call, daemon).serve()
             except Exception as error:  # noqa: BLE001 - whatever it was, it ends this stream only, and is said
-                if not call.done():
-                    return connected, _first(error)
+                return connected, _why(error)
             finally:
-                ended = call.done()
                 call.cancel()
-            if not ended:
-                return connected, "the coordinator ended it"
-            return connected, in_words(await call.code(), await call.details() or "")
+        return connected, "the coordinator ended the stream"
 
 
-def _first(error: BaseException) -> str:
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return f"{type(error).__name__} while speaking with the coordinator"
+def _why(error: BaseException) -> str:
+    found = [error]
+    for each in found:
+        if isinstance(each, BaseExceptionGroup):
+            found += each.exceptions
+    for each in found:
+        if isinstance(each, grpc.aio.AioRpcError):
+            return in_words(each.code(), each.details() or "")
+    if isinstance(found[-1], EOFError):
+        return "the coordinator ended the stream"
+    if isinstance(found[-1], TimeoutError):
+        return "no sign of life in time"
+    return f"{type(found[-1]).__name__} while speaking with the coordinator"
 
 
 async def _greet(call: Any) -> None:
     await call.write(pack({"op": "hello", "protocol": PROTOCOL}))
     frame = await asyncio.wait_for(call.read(), WELCOME_S)
-    if frame is not grpc.aio.EOF and unpack(frame)[0]["op"] != "welcome":
+    if frame is grpc.aio.EOF:
+        raise EOFError
+    if unpack(frame)[0]["op"] != "welcome":
         raise ValueError("no welcome")
 
 
@@ -208,22 +216,26 @@ class _Line:
         self._daemon = daemon
         self._up = asyncio.Lock()
         self._free = asyncio.Semaphore(AT_ONCE)
+        self._tags: set[str] = set()
 
     async def serve(self) -> None:
-        """Return when the coordinator has ended the stream; raise when it broke."""
+        """Answer requests until the stream ends; always by an exception, which ends what is under way."""
         async with asyncio.TaskGroup() as answering:
-            try:
-                while (frame := await self._call.read()) is not grpc.aio.EOF:
-                    header, parts = unpack(frame)
-                    if header["op"] != "ask" or len(parts) != 1:
-                        raise ValueError("not a request")
-                    until_s = time.monotonic() + float(header["deadline_s"])
-                    await self._free.acquire()
-                    answering.create_task(self._answer(str(header["tag"]), parts[0], until_s))
-            finally:
-                self._call.cancel()
+            while (frame := await self._call.read()) is not grpc.aio.EOF:
+                header, parts = unpack(frame)
+                if header["op"] != "ask" or len(parts) != 1 or len(self._tags) >= MOST_WAITING:
+                    raise ValueError("not a request, or too many")
+                tag, until_s = str(header["tag"]), time.monotonic() + float(header["deadline_s"])
+                self._tags.add(tag)
+                answering.create_task(self._answer(tag, parts[0], until_s))
+            raise EOFError
 
     async def _answer(self, tag: str, request: bytes, until_s: float) -> None:
+        async with self._free:
+            await self._pass(tag, request, until_s)
+        self._tags.discard(tag)
+
+    async def _pass(self, tag: str, request: bytes, until_s: float) -> None:
         """Have the daemon answer one request, and send its reply up as it comes."""
         try:
             async with contextlib.aclosing(self._deliver(request, until_s)) as messages:
@@ -240,8 +252,6 @@ class _Line:
             say(f"the daemon gave no whole answer: {silence}")
             async with self._up:
                 await self._send("failed", tag)
-        finally:
-            self._free.release()
 
     async def _send(self, op: str, tag: str, *parts: bytes, **more: bool) -> None:
         await self._call.write(pack({"op": op, "tag": tag, **more}, *parts))

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,10 +25,12 @@ import grpc.aio
 
 from fedllm import telemetry
 from fedllm.clock import Clock
-from fedllm.errors import DecodeError, PeerUnavailable, PortBusy
+from fedllm.errors import DecodeError, PeerUnavailable
 from fedllm.relay.carrier import Reply
 from fedllm.relay.parcels import Arrivals, Assembly, Parcel
+from fedllm.relay.ports import LOOPBACK, listening, new_port
 from fedllm.relay.processes import Supervised
+from fedllm.relay.proxy import FleetProxy, names_node
 from fedllm.relay.service import EnvelopeServer, pack_frame, serve_link, unpack_frame
 from fedllm.rng import Rng
 
@@ -41,6 +42,10 @@ SUPEREXEC_POLL_S = 0.25
 LAUNCH_TIMEOUT_S = 60.0
 FAILED_LAUNCHES = 6
 """So many relay runs in a row that never connect mean that the carrier is lost beyond restart."""
+POLL_S = 0.25
+"""Seconds between the relay's looks for one node's reply, as long as nothing tells it when to look."""
+TOLD_POLL_S = 4.0
+"""The same when something does; a look that comes in the middle of an upload makes Flower wait a second."""
 NODE_UNAVAILABLE = 5
 """Flower's error code for a node whose heartbeat stopped: final for an exchange, unlike a crashed app."""
 RESENDS = 2
@@ -101,6 +106,12 @@ class _Run:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
+    async def send(self, header: dict[str, object], *blobs: bytes) -> None:
+        """Send one frame down; a broken stream ends the run, whose successor sends again."""
+        with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
+            async with self.writing:
+                await self.write(pack_frame(header, *blobs))
+
 
 class FlowerCarrier:
     """Reaches owners through a Flower SuperLink that it supervises; construct with `open`.
@@ -110,23 +121,37 @@ class FlowerCarrier:
     home : Path
         Private folder for the bundle, Flower's state, logs and the link's socket.
     host, port
-        Where the SuperLink listens.
+        Where SuperNodes reach it: a `FleetProxy`, before the SuperLink.
+    inner_port : int
+        Loopback port of the SuperLink itself.
     clock, rng
     environ : Mapping[str, str]
         Environment that Flower's processes inherit.
     """
 
-    def __init__(self, home: Path, *, host: str, port: int, clock: Clock, rng: Rng, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *,
+        host: str,
+        port: int,
+        inner_port: int,
+        clock: Clock,
+        rng: Rng,
+        environ: Mapping[str, str],
+    ) -> None:
         self._home = home
         self._host = host
         self._port = port
+        self._inner_port = inner_port
+        self._proxy = FleetProxy(inner_port, self._node_asked)
         self._clock = clock
         self._rng = rng
         self._environ = flower_environment(environ, home / "flwr")
         self.superlink = Supervised(
             "superlink",
             [
-                flower_program("flower-superlink"), "--insecure", "--host", host, "--port", str(port),
+                flower_program("flower-superlink"), "--insecure", "--host", LOOPBACK, "--port", str(inner_port),
                 "--database", str(home / "superlink.db"), "--disable-runtime-dependency-installation",
             ],
             env=self._environ, log=home / "superlink.log", cwd=home,
@@ -135,6 +160,7 @@ class FlowerCarrier:
         self._token = ""
         self._connected = asyncio.Event()
         self._lost: str | None = None
+        self._told = False
         self._parcels: dict[str, Parcel] = {}
         self._tags = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
@@ -153,17 +179,18 @@ class FlowerCarrier:
             If another program listens on the port.
         """
         _make_private(home)
-        await _wait_until_free(host, port)
-        carrier = cls(home, host=host, port=port, clock=clock, rng=rng, environ=environ)
+        inner_port = await new_port(home / "superlink.port")
+        carrier = cls(home, host=host, port=port, inner_port=inner_port, clock=clock, rng=rng, environ=environ)
         await carrier._start()
         return carrier
 
     async def _start(self) -> None:
+        await self._proxy.open(self._host, self._port)
         bundle = self._home / "bundle"
         shutil.rmtree(bundle, ignore_errors=True)
         shutil.copytree(_BUNDLE, bundle, ignore=shutil.ignore_patterns("__pycache__"))
         connection = f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
-        connection += f'address = "{self._host}:{self._port}"\ninsecure = true\n'
+        connection += f'address = "{LOOPBACK}:{self._inner_port}"\ninsecure = true\n'
         (self._home / "flwr" / "config.toml").write_text(connection, encoding="utf-8")
         self._server = await serve_link(self._home / "link.sock", self._serve)
         self._tasks = [
@@ -223,6 +250,7 @@ class FlowerCarrier:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._proxy.close()
         if self._server is not None:
             await self._server.stop(0)
         await asyncio.to_thread(self.superlink.terminate)
@@ -235,12 +263,16 @@ class FlowerCarrier:
             parcel.sent_on = self.runs
         now_s = self._clock.monotonic()
         items = [{"node": p.node, "tag": p.tag, "ttl_s": max(1.0, p.until_s - now_s)} for p in parcels]
-        frame = pack_frame({"op": "send", "items": items}, *(p.data for p in parcels))
-        with contextlib.suppress(
-            grpc.RpcError, grpc.aio.BaseError
-        ):  # a broken stream ends the run, whose successor sends again
-            async with run.writing:
-                await run.write(frame)
+        header = {"op": "send", "items": items, "poll_s": TOLD_POLL_S if self._told else POLL_S}
+        await run.send(header, *(p.data for p in parcels))
+
+    async def _node_asked(self, body: bytes) -> None:
+        """Have the relay look for a node's reply at once: the node asks for the next message."""
+        run = self._run
+        for node in {p.node for p in self._parcels.values() if not p.answered and p.sent_on == self.runs}:
+            if run is not None and names_node(body, node):
+                self._told = True
+                await run.send({"op": "poll", "node": node})
 
     def _check_lost(self) -> None:
         if self._lost:
@@ -285,6 +317,8 @@ class FlowerCarrier:
             if first:
                 self._connected.set()
                 await self._send([p for p in self._parcels.values() if not p.answered and p.sent_on < self.runs])
+        elif header["op"] == "pushed":
+            self._proxy.pushed()
         elif header["op"] in ("reply", "part"):
             (blob,) = blobs
             if parcel := run.assembly.add(header, blob):
@@ -320,7 +354,7 @@ class FlowerCarrier:
 
     async def _launch(self) -> bool:
         """Start one relay run; return whether it connected in time."""
-        if not await _listening(self._host, self._port, LAUNCH_TIMEOUT_S):
+        if not await listening(self._inner_port, LAUNCH_TIMEOUT_S):
             return False
         self._token = self._rng.token(16).hex()
         override = f'socket="{self._home / "link.sock"}" run-token="{self._token}"'
@@ -352,26 +386,3 @@ class FlowerCarrier:
 def _make_private(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
-
-
-def _accepts(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.settimeout(0.5)
-        return probe.connect_ex(("127.0.0.1" if host == "0.0.0.0" else host, port)) == 0  # noqa: S104
-
-
-async def _listening(host: str, port: int, timeout_s: float) -> bool:
-    for _ in range(int(timeout_s / 0.2)):
-        if _accepts(host, port):
-            return True
-        await asyncio.sleep(0.2)
-    return False
-
-
-async def _wait_until_free(host: str, port: int) -> None:
-    # a SuperLink of a coordinator that was killed takes a moment to go
-    for _ in range(50):
-        if not _accepts(host, port):
-            return
-        await asyncio.sleep(0.2)
-    raise PortBusy(f"another program listens on {host}:{port}", hint="choose another flower_port")

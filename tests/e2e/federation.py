@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from fedllm.clock import SystemClock
-from fedllm.demo.cluster import Cluster
+from fedllm.demo.cluster import Cluster, command, free_ports
 from fedllm.demo.recipe import FEDERATION, DemoRecipe
 from fedllm.demo.run import Control, health, until_ready
 
@@ -33,11 +33,13 @@ async def running(
 ) -> AsyncIterator[tuple[Cluster, Control]]:
     """Run coordinator, daemons and endpoint; nothing is left afterwards, except logs when a test failed."""
     root = Path(tempfile.mkdtemp(prefix="fl-"))
-    federation = {**PRIVATE, "transport": transport, **keys}
+    federation = {**PRIVATE, "transport": "flower" if transport == "direct" else transport, **keys}
     if transport == "local":
         federation["sockets"] = {o: str(root / o / "relay" / "relay.sock") for o in data}
     cluster = Cluster(root, base, data, DemoRecipe(100.0, 1, federation))
     cluster.enrol(dict.fromkeys(data, 40))
+    if transport == "direct":
+        _move_to_direct(cluster)
     cluster.start()
     try:
         await until_ready(cluster, CLOCK)
@@ -49,6 +51,20 @@ async def running(
     finally:
         cluster.stop()
         shutil.rmtree(root, ignore_errors=True)
+
+
+def _move_to_direct(cluster: Cluster) -> None:
+    """Give a federation that was set up on Flower the direct transport, as its operator and owners would."""
+    config = cluster.home / "fedllm.toml"
+    text = config.read_text(encoding="utf-8").replace('transport = "flower"', 'transport = "direct"')
+    config.write_text(text.replace("direct_port = 7403", f"direct_port = {free_ports(1)[0]}"), encoding="utf-8")
+    for owner in cluster.data:
+        command("owner", "certificate", owner, cluster.owner_home(owner) / "tls.pem", "--home", cluster.home)
+    join = cluster.root / "tools.join"
+    join.write_text(command("owner", "join-file", "--home", cluster.home), encoding="utf-8")
+    for owner, folder in cluster.data.items():
+        command("client", "join", join, "--owner", owner, "--home", cluster.owner_home(owner), "--data", folder,
+                "--base", cluster.base)  # fmt: skip
 
 
 async def ask_for(control: Control, rounds: int) -> None:

@@ -1,8 +1,8 @@
 """Taking one check out of the program, to see what the attack behind it does.
 
-`cut` names a function and the text of the condition, or of the call, that stands in it: the statement is removed
-from the function's code wherever that function is used, and comes back when the test ends. A condition that is not
-there any more fails the test, so the tables of attacks say what the program checks today.
+`cut` names a function and the text of a condition, or of a call, that stands in it. The statement is removed from the
+function's own code, wherever that function is used, and comes back when the test ends. A check that is not there any
+more fails the test: the tables of attacks say what the program checks today.
 """
 
 from __future__ import annotations
@@ -21,33 +21,30 @@ Removal = Callable[[pytest.MonkeyPatch], None]
 
 
 class _Cutter(ast.NodeTransformer):
-    """Replaces every ``if`` whose condition, and every call whose text, holds the fragment."""
+    """Removes every ``if`` by a fragment of its condition, and every call by a fragment of its text."""
 
-    def __init__(self, fragment: str) -> None:
-        self._fragment = fragment
-        self.found = 0
+    def __init__(self, fragments: tuple[str, ...]) -> None:
+        self._fragments = fragments
+        self.found: set[str] = set()
+
+    def _is_one(self, text: str) -> bool:
+        found = {fragment for fragment in self._fragments if fragment in text}
+        self.found |= found
+        return bool(found)
 
     def visit_If(self, node: ast.If) -> Any:  # noqa: N802 - named by ast
-        if self._fragment not in ast.unparse(node.test):
-            return self.generic_visit(node)
-        self.found += 1
-        return [self.visit(each) for each in node.orelse] or ast.Pass()
+        if self._is_one(ast.unparse(node.test)):
+            return [self.visit(each) for each in node.orelse] or ast.Pass()
+        return self.generic_visit(node)
 
     def visit_Expr(self, node: ast.Expr) -> Any:  # noqa: N802
-        if self._fragment not in ast.unparse(node):
-            return node
-        self.found += 1
-        return ast.Pass()
+        return ast.Pass() if self._is_one(ast.unparse(node)) else node
 
 
-def cut(target: Any, fragment: str) -> Removal:
-    """Return what removes from `target` each check that holds `fragment`.
+def cut(target: Any, *fragments: str) -> Removal:
+    """Return what removes from a function or method each check that holds one of the fragments.
 
-    Parameters
-    ----------
-    target : function or method
-    fragment : str
-        Part of the condition of an ``if``, or of a statement that is one call, as `ast.unparse` writes it.
+    A fragment is part of the condition of an ``if``, or of a statement that is a call, as `ast.unparse` writes it.
     """
     function = target.__func__ if isinstance(target, MethodType) else target
     assert isinstance(function, FunctionType), target
@@ -57,13 +54,12 @@ def cut(target: Any, fragment: str) -> Removal:
         definition = tree.body[0]
         assert isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef)
         definition.decorator_list = []
-        cutter = _Cutter(fragment)
+        cutter = _Cutter(fragments)
         cutter.visit(definition)
-        assert cutter.found, f"{function.__qualname__} has no check {fragment!r}"
-        ast.fix_missing_locations(tree)
+        missing = set(fragments) - cutter.found
+        assert not missing, f"{function.__qualname__} has no check {missing}"
         flags = __future__.annotations.compiler_flag
-        # checks removed before by another `cut` of the same function stay removed
-        code = compile(tree, f"<{function.__qualname__} without {fragment}>", "exec", flags, dont_inherit=True)
+        code = compile(ast.fix_missing_locations(tree), "<without a check>", "exec", flags, dont_inherit=True)
         names: dict[str, Any] = dict(function.__globals__)
         exec(code, names)  # noqa: S102 - the program's own source
         patch.setattr(function, "__code__", names[function.__name__].__code__)

@@ -12,6 +12,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedllm import wire
 from fedllm.aggregation.secagg import keys
 from fedllm.aggregation.secagg.blame import Blame
 from fedllm.aggregation.secagg.dealing import Dealing, check_message, with_holders
@@ -21,7 +22,7 @@ from fedllm.aggregation.secagg.shamir import share_from_bytes
 from fedllm.aggregation.secagg.terms import SumTerms
 from fedllm.errors import FedllmError, IntegrityError, ProtocolError, RoundAborted, StepMismatch
 from fedllm.identity import Roster
-from fedllm.ids import OwnerId
+from fedllm.ids import Digest, OwnerId, sha256
 from fedllm.messages.plan import RoundPlan
 from fedllm.messages.secagg import (
     Complaint,
@@ -69,7 +70,7 @@ class SecAggCoordinator:
         self._bundles: dict[OwnerId, KeyBundle] = {}
         self._dealing = Dealing(self._terms, {})
         self._sum = np.zeros(entries, dtype=np.uint32)
-        self._added: dict[OwnerId, MaskedVector] = {}
+        self._added: dict[OwnerId, Digest] = {}
         self._survivors: tuple[OwnerId, ...] = ()
         self._signers: tuple[OwnerId, ...] = ()
 
@@ -161,7 +162,7 @@ class SecAggCoordinator:
             If the owner complained, or its vector was added before and differs.
         """
         self._turn("masked")
-        t = self._terms
+        t, name = self._terms, sha256(wire.encode(head))
 
         def check() -> None:
             _check_sender(owner, head.owner, head.purpose, t)
@@ -173,14 +174,14 @@ class SecAggCoordinator:
                     f"masked vector of {head.entries} entries of {head.entry_bytes} bytes, "
                     f"{t.entries} of {t.entry_bytes} expected"
                 )
-            if self._added.get(owner, head) != head:
+            if self._added.get(owner, name) != name:
                 raise StepMismatch(f"{owner!r} sent two different masked vectors; the first one counts")
             check_chunks(head, chunks)
 
         self._charged(owner, check)
         if owner not in self._added:
             add_packed(self._sum, chunks, t.entry_bytes)
-            self._added[owner] = head
+            self._added[owner] = name
 
     def complained(self, owner: OwnerId, complaint: Complaint) -> None:
         """Note an owner's complaint in place of its vector; the same complaint again changes nothing.

@@ -50,10 +50,7 @@ class Graph:
 def parameters(owners: int, corruption: float, dropout: float) -> Graph:
     """Return the graph of a cohort: complete up to `COMPLETE_UP_TO` owners, else the least that `search` finds.
 
-    Raises
-    ------
-    ThresholdRefused
-        If no threshold withstands so much corruption.
+    Where it finds none, the complete graph is left, which stands a third of corrupt owners, and more with a larger t.
     """
     if owners > COMPLETE_UP_TO:
         found = search(owners, corruption, dropout)
@@ -147,10 +144,7 @@ def _below(bound: int, rng: Rng) -> int:
 
 def _complete_threshold(owners: int, corruption: float) -> int:
     """Return the least t of n with own shares kept: 2t > n + corrupt, and never below that for n/3 corrupt."""
-    least = max(honest_threshold(owners), (owners + math.floor(corruption * owners)) // 2 + 1)
-    if least > owners:
-        raise ThresholdRefused(f"no threshold of {owners} owners withstands a corrupt share of {corruption}")
-    return least
+    return max(honest_threshold(owners), (owners + math.floor(corruption * owners)) // 2 + 1)
 
 
 def _improbable(owners: int, marked: int, drawn: int, least: int, bits: int) -> bool:

@@ -76,12 +76,11 @@ def test_large_cohorts_take_the_search_or_else_everybody() -> None:
 
 
 def test_more_corruption_than_a_third_needs_more_shares() -> None:
-    """The rule 2t > n + corrupt goes on above a third; beyond all but two nothing helps."""
+    """The rule 2t > n + corrupt goes on above a third, up to everybody's share."""
     assert parameters(100, 0.5, 0.0).threshold == 76
+    assert parameters(10, 0.95, 0.0).threshold == 10
     with pytest.raises(ThresholdRefused, match="threshold is 67 of 100"):
         check(100, 99, 67, 0.5, 0.0)
-    with pytest.raises(ThresholdRefused, match="no threshold"):
-        parameters(10, 0.95, 0.0)
 
 
 @pytest.mark.parametrize(("k", "t"), [(0, 0), (10, 0), (10, 11), (200, 150), (-1, 1)])

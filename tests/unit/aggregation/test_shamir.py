@@ -8,6 +8,7 @@ from fedllm.aggregation.secagg.shamir import (
     PRIME,
     combine,
     interpolate,
+    lagrange_row,
     share_from_bytes,
     share_to_bytes,
     split,
@@ -28,6 +29,20 @@ def test_known_answers_by_hand() -> None:
     for left_out in shares:
         assert combine({x: y for x, y in shares.items() if x != left_out}) == (7).to_bytes(32, "big")
     assert interpolate({x: shares[x] for x in (1, 2, 4)}, 3) == 49
+
+
+@pytest.mark.parametrize("points", [(1, 2, 3), (7, 2, 30, 1000), tuple(range(5, 60, 3))])
+def test_the_fast_row_is_lagranges_formula(points: tuple[int, ...]) -> None:
+    """Barycentric weights and one inversion, or product by product by definition: the same row."""
+    for at in (0, 4, 999):
+        expected = []
+        for i in points:
+            numerator = denominator = 1
+            for j in points:
+                if j != i:
+                    numerator, denominator = numerator * (at - j), denominator * (i - j)
+            expected.append(numerator * pow(denominator, -1, PRIME) % PRIME)
+        assert list(lagrange_row(points, at)) == expected
 
 
 def test_the_largest_secret_survives() -> None:

@@ -190,3 +190,66 @@ def test_a_count_without_end_is_cut_off(root: Path, monkeypatch: pytest.MonkeyPa
         assert await scene.ask("east", "west", deadline_s=2) == {"west": Reply(b"v", (b"x",) * 3)}
 
     play(root, story)
+
+
+def _impostor_frames() -> dict[str, list[bytes]]:
+    return {
+        "no welcome": [pack_frame({"op": "ask", "tag": "d0", "deadline_s": 5}, b"x")],
+        "no frame": [pack_frame({"op": "welcome"}), b"\xff" * 40],
+        "no request": [pack_frame({"op": "welcome"}), pack_frame({"op": "sing"})],
+        "no deadline": [pack_frame({"op": "welcome"}), pack_frame({"op": "ask", "tag": "d0", "deadline_s": "x"}, b"x")],
+        "too many": [
+            pack_frame({"op": "welcome"}),
+            *(pack_frame({"op": "ask", "tag": f"d{i}", "deadline_s": 5}, b"x") for i in range(dial.MOST_WAITING + 1)),
+        ],
+        "the end": [pack_frame({"op": "welcome"}), b""],
+    }
+
+
+def test_a_dialler_lives_through_whatever_the_coordinator_sends(
+    root: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind of nonsense ends the stream and is said in the log; it dials again, and nothing piles up."""
+    monkeypatch.setattr(dial, "LAST_PAUSE_S", 0.2)
+    left = _impostor_frames()
+    cases = list(left)
+
+    async def odd(_frames: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        if not left:
+            await asyncio.sleep(60)
+        for frame in left.pop(next(iter(left))):
+            if frame:
+                await context.write(frame)
+        if left:
+            while await context.read() is not grpc.aio.EOF:
+                pass
+
+    async def slow(_data: bytes) -> Reply:
+        await asyncio.sleep(60)
+        raise AssertionError("given up before")
+
+    async def story(scene: Scene) -> None:
+        await scene.carrier.close()
+        mine = scene.coordinator
+        server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+        method = grpc.stream_stream_rpc_method_handler(odd)
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("fedllm.Relay", {"Owner": method}),))
+        pair = [(mine.key_pem, mine.certificate.pem)]
+        server.add_secure_port(f"127.0.0.1:{scene.port}", grpc.ssl_server_credentials(pair))
+        await server.start()
+        try:
+            scene.identity("east")
+            await scene.serve("east", slow)
+            scene.dial("east")
+            text = ""
+            async with asyncio.timeout(20):
+                while left or "ended the stream" not in text:
+                    text += capsys.readouterr().err
+                    await asyncio.sleep(0.05)
+            assert not scene.dialling["east"].done()
+            assert "ValueError while speaking with the coordinator" in text
+            assert text.count("lost 127.0.0.1") == len(cases) - 1
+        finally:
+            await server.stop(0)
+
+    play(root, story)

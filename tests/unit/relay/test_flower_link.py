@@ -15,7 +15,7 @@ from typing import Any, cast
 import grpc
 import grpc.aio
 import pytest
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -76,7 +76,9 @@ class MemoryGrid:
 @asynccontextmanager
 async def _carrier(root: Path) -> AsyncIterator[FlowerCarrier]:
     """Yield the coordinator's end, with nothing but its socket."""
-    carrier = FlowerCarrier(root, host="127.0.0.1", port=1, clock=SystemClock(), rng=OsRng(), environ=os.environ)
+    carrier = FlowerCarrier(
+        root, host="127.0.0.1", port=1, inner_port=1, clock=SystemClock(), rng=OsRng(), environ=os.environ
+    )
     carrier._token = TOKEN
     link = await serve_link(root / "link.sock", carrier._serve)
     yield carrier
@@ -91,7 +93,7 @@ def _relay_run(root: Path, grid: MemoryGrid) -> Iterator[server.Link]:
     def work() -> None:
         link.send({"op": "hello", "token": TOKEN})
         try:
-            server.Relay(cast("Grid", grid), link).run(0.05)
+            server.Relay(cast("Grid", grid), link).run()
         finally:
             link.close()
 
@@ -287,7 +289,7 @@ def test_a_node_whose_upload_stops_does_not_hold_the_others_up(tmp_path: Path, m
     assert time.monotonic() - began_s < 10
 
 
-@pytest.mark.parametrize("what", ["a part too large", "no such record", "too many parts"])
+@pytest.mark.parametrize("what", ["a part too large", "no such record", "no bytes", "too many parts"])
 def test_a_hostile_node_fails_alone(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its ClientApp returns, the relay run lives and the others are heard."""
     monkeypatch.setattr(server, "MAX_PARTS", 3)
@@ -295,13 +297,15 @@ def test_a_hostile_node_fails_alone(tmp_path: Path, what: str, monkeypatch: pyte
     def spoil(reply: Message) -> Message:
         if reply.metadata.src_node_id != 1:
             return reply
-        record = cast("Any", reply.content["envelope"])
+        record = cast("Any", reply.content["parts"])
         if what == "no such record":
             reply.content = RecordDict()
+        elif what == "no bytes":
+            reply.content["envelope"] = ConfigRecord({"head": "text"})
         elif what == "a part too large":
-            record["part-00000"] = server._array(b"p" * (MAX_PART + 1))
+            record["part-00000"] = client._array(b"p" * (MAX_PART + 1))
         else:
-            record.update({f"part-{i}": server._array(b"p") for i in range(4)})
+            record.update({f"part-{i}": client._array(b"p") for i in range(4)})
         return reply
 
     async def scenario() -> None:

@@ -4,7 +4,7 @@ It holds no key, no data and no model, and runs without read access to them.
 """
 
 import grpc
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 DELIVER = "/fedllm.Relay/Deliver"
@@ -24,10 +24,13 @@ def _array(data: bytes) -> Array:
 
 @app.train("relay")  # type: ignore[untyped-decorator]
 def relay(message: Message, context: Context) -> Message:
-    """Deliver one sealed envelope to the daemon and return its reply: one array for the head, one for each part."""
-    request = message.content["envelope"]["head"].data
+    """Deliver one sealed envelope to the daemon and return its reply: the head as bytes, one array for each part."""
+    request = message.content["envelope"]["head"]
     with grpc.insecure_channel(f"unix:{context.node_config['socket']}", options=UNLIMITED) as channel:
         call = channel.unary_stream(DELIVER, request_serializer=_identity, response_deserializer=_identity)
         head, *parts = call(request, timeout=TIMEOUT_S)
-    record = ArrayRecord({"head": _array(head), **{f"part-{i:05d}": _array(part) for i, part in enumerate(parts)}})
-    return Message(RecordDict({"envelope": record}), reply_to=message)
+    # Flower stores and fetches each record, array and chunk by itself: an envelope is a record's value to be few
+    content = RecordDict({"envelope": ConfigRecord({"head": head})})
+    if parts:
+        content["parts"] = ArrayRecord({f"{i:05d}": _array(part) for i, part in enumerate(parts)})
+    return Message(content, reply_to=message)

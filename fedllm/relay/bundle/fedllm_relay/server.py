@@ -1,11 +1,11 @@
 """The coordinator's end: one connection to the coordinator's socket for as long as this run lives.
 
-Frames are a 4-byte length, a JSON header with the sizes of the blobs, and the blobs. Down comes ``send``
-(messages for nodes); up go ``hello``, ``nodes``, ``failed``, and ``reply``, which is followed by a ``part`` for
-each part that it announces. A frame is handed to gRPC only when the one before is on its way, and the next
-reply is fetched only after the last frame of the one before: whoever reads slowly at the coordinator stops
-Flower here, not in this process's memory. When the connection ends, so does the run: the coordinator starts
-another one.
+Frames are a 4-byte length, a JSON header with the sizes of the blobs, and the blobs. Down come ``send``
+(messages for nodes) and ``poll`` (a node's reply should be there now); up go ``hello``, ``nodes``, ``pushed``,
+``failed``, and ``reply``, which is followed by a ``part`` for each part that it announces. A frame is handed to
+gRPC only when the one before is on its way, and the next reply is fetched only after the last frame of the one
+before: whoever reads slowly at the coordinator stops Flower here, not in this process's memory. When the
+connection ends, so does the run: the coordinator starts another one.
 """
 
 import json
@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import grpc
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 LINK = "/fedllm.Relay/Link"
@@ -37,10 +37,6 @@ app = ServerApp()
 
 def _identity(data: bytes) -> bytes:
     return data
-
-
-def _array(data: bytes) -> Array:
-    return Array(dtype="uint8", shape=(len(data),), stype="bytes", data=data)
 
 
 def _pack(header: dict[str, Any], *blobs: bytes) -> bytes:
@@ -130,18 +126,22 @@ class Relay:
     def __init__(self, grid: Grid, link: Link) -> None:
         self._grid = grid
         self._link = link
-        self._pending: dict[str, str] = {}
+        self._pending: dict[str, dict[str, Any]] = {}
         self._stalled: dict[str, _Pull] = {}
+        self._poll_s = NODES_EVERY_S
         self._nodes: list[str] | None = None
         self._nodes_at = float("-inf")
 
-    def run(self, poll_s: float) -> None:
-        """Work until the stream ends; each pending reply is asked for once in `poll_s` seconds."""
+    def run(self) -> None:
+        """Work until the stream ends; a pending reply is asked for when told, and once in `_poll_s` seconds."""
         self._report_nodes()
-        while self._take(poll_s / len(self._pending) if self._pending else NODES_EVERY_S):
-            if self._pending:
+        while self._take(min(NODES_EVERY_S, max(0.0, self._next_due() - time.monotonic()))):
+            if self._next_due() <= time.monotonic():
                 self._pull_next()
             self._report_nodes()
+
+    def _next_due(self) -> float:
+        return next((float(item["due"]) for item in self._pending.values()), float("inf"))
 
     def _take(self, wait_s: float) -> bool:
         try:
@@ -152,13 +152,17 @@ class Relay:
             return False
         header, blobs = _unpack(frame)
         if header["op"] == "send":
+            self._poll_s = header["poll_s"]
             self._push(header["items"], blobs)
+        elif header["op"] == "poll":
+            told = {i: {**item, "due": 0.0} for i, item in self._pending.items() if item["node"] == header["node"]}
+            self._pending = told | {i: item for i, item in self._pending.items() if i not in told}
         return True
 
     def _push(self, items: list[dict[str, Any]], blobs: list[bytes]) -> None:
         messages = [
             Message(
-                RecordDict({"envelope": ArrayRecord({"head": _array(blob)})}),
+                RecordDict({"envelope": ConfigRecord({"head": blob})}),
                 dst_node_id=int(item["node"]),
                 message_type="train.relay",
                 ttl=float(item["ttl_s"]),
@@ -166,15 +170,16 @@ class Relay:
             for item, blob in zip(items, blobs, strict=True)
         ]
         ids = list(self._grid.push_messages(messages)) or [None] * len(items)
+        self._link.send({"op": "pushed"})
         for item, identifier in zip(items, ids, strict=True):
             if identifier:
-                self._pending[identifier] = item["tag"]
+                self._pending[identifier] = {**item, "due": time.monotonic() + self._poll_s}
             else:
                 self._link.send({"op": "failed", "tag": item["tag"], "code": NOT_PUSHED})
 
     def _pull_next(self) -> None:
         identifier = next(iter(self._pending))
-        tag = self._pending.pop(identifier)
+        item = self._pending.pop(identifier)
         pull = self._stalled.pop(identifier, None)
         if pull is None:
             pull = _Pull(self._grid, identifier)
@@ -183,23 +188,24 @@ class Relay:
         if pull.is_alive():
             self._stalled[identifier] = pull
         if pull.is_alive() or not (pull.messages or pull.error):
-            self._pending[identifier] = tag  # behind all the others
+            self._pending[identifier] = {**item, "due": time.monotonic() + self._poll_s}
         elif pull.error:
             print(f"a reply could not be fetched: {type(pull.error).__name__}", flush=True)  # noqa: T201
-            self._link.send({"op": "failed", "tag": tag, "code": UNREADABLE})
+            self._link.send({"op": "failed", "tag": item["tag"], "code": UNREADABLE})
         else:
-            self._pass_on(tag, pull.messages[0])
+            self._pass_on(item["tag"], pull.messages[0])
 
     def _pass_on(self, tag: str, reply: Message) -> None:
         if reply.has_error():
             self._link.send({"op": "failed", "tag": tag, "code": reply.error.code})
             return
         try:
-            record = reply.content["envelope"]
-            head, parts = record["head"].data, [record[name].data for name in sorted(record) if name != "head"]
-        except (KeyError, TypeError, AttributeError):
+            arrays = reply.content.array_records.get("parts", {})
+            head, parts = reply.content["envelope"]["head"], [arrays[name].data for name in sorted(arrays)]
+        except (KeyError, TypeError):
             head, parts = b"", []
-        if not 0 < len(head) <= MAX_HEAD or len(parts) > MAX_PARTS or any(len(p) > MAX_PART for p in parts):
+        bounded = len(parts) <= MAX_PARTS and all(len(part) <= MAX_PART for part in parts)
+        if not isinstance(head, bytes) or not 0 < len(head) <= MAX_HEAD or not bounded:
             self._link.send({"op": "failed", "tag": tag, "code": UNREADABLE})
             return
         self._link.send({"op": "reply", "tag": tag, "parts": len(parts)}, head)
@@ -223,6 +229,6 @@ def main(grid: Grid, context: Context) -> None:
     link = Link(str(context.run_config["socket"]))
     link.send({"op": "hello", "token": str(context.run_config["run-token"])})
     try:
-        Relay(grid, link).run(float(context.run_config["poll-s"]))
+        Relay(grid, link).run()
     finally:
         link.close()
