@@ -26,6 +26,7 @@ _RECORDS = 8
 _SAMPLE_RATE = 0.5
 _DELTA = 1e-5
 _MOST_ROUNDS = 1000
+_LEAST_LOSSES, _MOST_LOSSES = 0.05, 0.3
 _EXACT = {None: None, True: "yes", False: "NO"}
 
 
@@ -51,7 +52,8 @@ def simulate(
     if not 1 <= rounds <= _MOST_ROUNDS:
         raise ConfigError(f"rounds is {rounds}: 1 to {_MOST_ROUNDS} allowed")
     fates = drawn(seed, Chances(dropout, straggler, corrupt))
-    settings = toy_settings(owners, noise=None if epsilon is None else _noise(epsilon, rounds))
+    noise = None if epsilon is None else _noise(epsilon, rounds)
+    settings = toy_settings(owners, noise=noise, losses=dropout + straggler + corrupt)
     report = run(settings, dim=dim, rounds=rounds, fates=fates, seed=seed)
     if as_json:
         print_json(report.to_json())
@@ -74,8 +76,11 @@ def run(settings: FederationSettings, *, dim: int, rounds: int, fates: Draw, see
         )
 
 
-def toy_settings(owners: int, *, noise: float | None) -> FederationSettings:
-    """Return a federation of `owners` owners, with DP-SGD at this noise multiplier or without."""
+def toy_settings(owners: int, *, noise: float | None, losses: float = 0.0) -> FederationSettings:
+    """Return a federation of `owners` owners, with DP-SGD at this noise multiplier or without.
+
+    Its plans expect as many owners to be lost as `losses` says, within what any plan can withstand.
+    """
     names = [f"owner-{number:04d}" for number in range(1, owners + 1)]
     return FederationSettings(
         name="simulation",
@@ -88,6 +93,7 @@ def toy_settings(owners: int, *, noise: float | None) -> FederationSettings:
         clip_norm=1.0,
         sample_rate=_SAMPLE_RATE,
         delta=_DELTA,
+        dropout=min(max(losses, _LEAST_LOSSES), _MOST_LOSSES),
         declared_records=dict.fromkeys(names, _RECORDS),
     )
 

@@ -88,9 +88,20 @@ async def serve_deliver(path: Path, deliver: Deliver) -> EnvelopeServer:
         If another process serves there.
     """
 
+    underway: set[asyncio.Future[Reply]] = set()
+
+    def ended(work: asyncio.Future[Reply]) -> None:
+        underway.discard(work)
+        if not work.cancelled():
+            work.exception()  # retrieved: the caller that it would go to may be gone
+
     async def handle(request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        # what the daemon has begun it ends: a caller that goes away in the middle asks again, for the recorded answer
+        work = asyncio.ensure_future(deliver(request))
+        underway.add(work)
+        work.add_done_callback(ended)
         try:
-            reply = await deliver(request)
+            reply = await asyncio.shield(work)
         except Exception as error:  # noqa: BLE001 - the boundary: the relay is hostile and learns nothing of why
             telemetry.event(_LOG, "deliver failed", level=logging.ERROR, error=type(error).__name__)
             await context.abort(grpc.StatusCode.INTERNAL, "failed")
@@ -261,7 +272,7 @@ def unpack_frame(frame: bytes) -> tuple[dict[str, Any], list[bytes]]:
         (size,) = struct.unpack_from(">I", frame)
         header = json.loads(frame[4 : 4 + size])
         sizes = [int(n) for n in header["sizes"]]
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise DecodeError(f"link frame of {len(frame)} bytes is malformed ({type(error).__name__})") from None
     if min(sizes, default=0) < 0 or 4 + size + sum(sizes) != len(frame):
         raise DecodeError(f"link frame of {len(frame)} bytes does not hold the parts it names")

@@ -27,9 +27,10 @@ from fedllm.demo.cluster import free_ports
 from fedllm.identity import Roster, SigningIdentity
 from fedllm.ids import Digest, FederationName, OwnerId
 from fedllm.messages.envelope import COORDINATOR, ENVELOPE_VERSION, Envelope, seal, unseal
-from fedllm.messages.plan import PLAN_CONTEXT, SignedPlan
+from fedllm.messages.plan import PLAN_CONTEXT, PLAN_VERSION, SignedPlan
 from fedllm.messages.round import Begin, Hello, Refused, decode_body
 from fedllm.privacy.ledger import Ledger
+from fedllm.relay.carrier import Reply
 from fedllm.relay.service import serve_deliver
 from fedllm.rng import OsRng
 
@@ -62,8 +63,8 @@ class Owners:
         """Start daemons anew, with their own base model (None) or another."""
         self._daemons = {owner: daemon(self._scene, owner, base=base) for owner in OWNERS}
 
-    def _handle(self, owner: str) -> Callable[[bytes], Awaitable[bytes]]:
-        async def handle(data: bytes) -> bytes:
+    def _handle(self, owner: str) -> Callable[[bytes], Awaitable[Reply]]:
+        async def handle(data: bytes) -> Reply:
             return await self._daemons[owner].handle(data)
 
         return handle
@@ -208,7 +209,7 @@ def _asked(scene: Scene, body: Any, *, version: int = ENVELOPE_VERSION, key: Sig
     east = daemon(scene, "east")
     reply = asyncio.run(east.handle(seal(request, key or coordinator)))
     asyncio.run(east.close())
-    opened = unseal(reply, SigningIdentity.load(scene.owner("east") / "owner.pem").public,
+    opened = unseal(reply.head, SigningIdentity.load(scene.owner("east") / "owner.pem").public,
                     sender="east", receiver=COORDINATOR)  # fmt: skip
     answer = decode_body(opened.kind, opened.body)
     assert isinstance(answer, Refused), answer
@@ -220,10 +221,10 @@ def test_other_versions_and_other_keys_are_refused_by_the_daemon(scene: Scene) -
     assert _asked(scene, Hello(b"0" * 16), version=2).code == "version-unsupported"
     assert _asked(scene, Hello(b"0" * 16), key=SigningIdentity.generate()).code == "authentication"
     coordinator = SigningIdentity.load(scene.home / "coordinator.pem")
-    newer = wire.encode(_NewerPlan(2))
+    newer = wire.encode(_NewerPlan(PLAN_VERSION + 1))
     plan = SignedPlan(newer, coordinator.sign(PLAN_CONTEXT, newer))
-    refused = _asked(scene, Begin(plan, b""))
+    refused = _asked(scene, Begin(plan, b"", None))
     assert refused.code == "version-unsupported"
-    assert "plan version 2 found, 1 spoken here" in refused.message
+    assert f"plan version {PLAN_VERSION + 1} found, {PLAN_VERSION} spoken here" in refused.message
     assert refused.hint == "install the same fedllm release on coordinator and owners"
     assert fedllm("privacy", "show", "--home", scene.owner("east"), "--json").json()["reservations"] == 0

@@ -128,7 +128,7 @@ def test_a_plan_is_tested_before_owners_see_it(scene: Scene) -> None:
         assert test[name] == plan[name]
     assert test["dim"] < plan["entries"] < test["dim"] + 50
     assert test["privacy"]["epsilon"] == plan["mechanism"]["epsilon"]
-    assert plan["upload_bytes"] == pytest.approx(test["upload_bytes"], rel=0.02)
+    assert 0 < test["upload_bytes"] - plan["upload_bytes"] < 300, "but for the goodbye after the last round"
 
 
 def test_a_plan_that_no_owner_could_run_fails_its_test(scene: Scene) -> None:

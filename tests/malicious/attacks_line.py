@@ -10,7 +10,7 @@ from typing import Any
 import cbor2
 from malicious.attacks_sum import others
 from malicious.removals import cut, replaced
-from malicious.scene import OWNERS, Attack, Play, Scene, Verdicts, begin, plan, verdict
+from malicious.scene import IDENTITIES, OWNERS, Attack, Play, Scene, Verdicts, begin, plan, verdict
 from unit.client.owner_fakes import sealed
 
 from fedllm import wire
@@ -41,15 +41,15 @@ def delivered(change: Callable[[bytes, OwnerId], bytes]) -> Play:
     return play
 
 
-def enclosed(change: Callable[[bytes], bytes], **fields: Any) -> Play:
-    """Return the attack that signs an envelope whose body is changed: what is wrong is inside."""
+def enclosed(change: Callable[[bytes], bytes], kind: str = "Begin") -> Play:
+    """Return the attack that signs an envelope with a changed body: what is wrong is inside."""
 
-    async def play(home: Path) -> Verdicts:
-        body = change(wire.encode(begin(plan())))
-        at = Scene(home)
-        return {owner: await at.verdict(owner, begin(plan()), **{"body": body, **fields}) for owner in OWNERS}
+    def sign_again(data: bytes, _owner: OwnerId) -> bytes:
+        honest = wire.decode(Envelope, wire.decode(Sealed, data).envelope)
+        changed = dataclasses.replace(honest, kind=kind, body=change(honest.body))
+        return envelope.seal(changed, IDENTITIES[envelope.COORDINATOR])
 
-    return play
+    return delivered(sign_again)
 
 
 def _flipped(where: str) -> Callable[[bytes, OwnerId], bytes]:
@@ -100,7 +100,7 @@ async def a_message_of_the_round_before(home: Path) -> Verdicts:
 
 def _told(outbox: Outbox, federation: str, error: FedllmError, _size: int) -> Any:
     """Answer wrong bytes with what is wrong with them."""
-    nobody = Envelope(envelope.ENVELOPE_VERSION, "", federation, 0, "coordinator", outbox._owner, bytes(16), b"")
+    nobody = Envelope(envelope.ENVELOPE_VERSION, "", federation, 0, envelope.COORDINATOR, outbox._owner, bytes(16), b"")
     return outbox.leave(nobody, Answer(Refused(error.code, error.message, None)))
 
 

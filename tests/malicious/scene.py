@@ -50,6 +50,7 @@ from fedllm.messages.round import (
 )
 from fedllm.messages.secagg import KeyBundle, MaskedVector, ShareDelivery, SurvivorSignature, UnmaskRequest
 from fedllm.relay.carrier import Reply
+from fedllm.rng import OsRng
 
 EAST, NORTH, SOUTH, WEST = OWNERS
 EXACT = Ring(24, 16, 32767 * 2.0**-13)
@@ -177,7 +178,8 @@ class Scene:
         for owner in owners or OWNERS:
             self.daemons[owner] = daemon(
                 owner, self._home / owner, trainer=self.trainers[owner], policy=self._policy, roster=self._roster,
-                worker=self._worker, observer=lambda owner, vector: self.secret[owner].append(vector.copy()),
+                rng=OsRng(), worker=self._worker,
+                observer=lambda owner, vector: self.secret[owner].append(vector.copy()),
             )  # fmt: skip
 
     def _new_sum(self, made: RoundPlan) -> None:
@@ -187,10 +189,10 @@ class Scene:
         self.vectors: dict[str, dict[OwnerId, tuple[MaskedVector, tuple[bytes, ...]]]] = {}
         self.signed: dict[str, dict[OwnerId, SurvivorSignature]] = {}
 
-    async def ask(self, owner: OwnerId, body: Body, **envelope: Any) -> Body:
-        """Return one owner's answer to a request of its own id."""
+    async def ask(self, owner: OwnerId, asked: Body, **envelope: Any) -> Body:
+        """Return one owner's answer to a request under an id of its own, with fields of its envelope replaced."""
         self._asked += 1
-        data = sealed(body, owner, **{"tag": str(self._asked), "round_number": self.plan.round, **envelope})
+        data = sealed(asked, owner, **{"tag": str(self._asked), "round_number": self.plan.round, **envelope})
         return (await self.deliver(owner, data))[0]
 
     async def deliver(self, owner: OwnerId, data: bytes) -> tuple[Body, Reply]:
@@ -209,9 +211,9 @@ class Scene:
         """Return what some owners said to a request."""
         return {owner: verdict(answer) for owner, answer in (await self.each(body, owners)).items()}
 
-    async def verdict(self, owner: OwnerId, body: Body, **envelope: Any) -> str:
+    async def verdict(self, owner: OwnerId, asked: Body, **envelope: Any) -> str:
         """Return what one owner said to a request."""
-        return verdict(await self.ask(owner, body, **envelope))
+        return verdict(await self.ask(owner, asked, **envelope))
 
     @property
     def owners(self) -> tuple[OwnerId, ...]:

@@ -337,3 +337,33 @@ def test_a_hostile_socket_cannot_fill_the_memory(tmp_path: Path, what: str, monk
             await carrier.close()
 
     asyncio.run(scenario())
+
+
+def test_what_a_daemon_has_begun_it_ends_although_its_caller_is_gone(tmp_path: Path) -> None:
+    """Between a charge in the ledger and the record of the round nothing may be cut off by a lost connection."""
+
+    async def scenario() -> list[str]:
+        begun, may_end, steps = asyncio.Event(), asyncio.Event(), []
+
+        async def deliver(_data: bytes) -> Reply:
+            steps.append("charged")
+            begun.set()
+            await may_end.wait()
+            steps.append("recorded")
+            return Reply(b"done")
+
+        server = await serve_deliver(tmp_path / "s" / "r.sock", deliver)
+        channel = deliver_channel(tmp_path / "s" / "r.sock")
+        call = asyncio.create_task(deliver_over(channel, b"begin", timeout_s=10))
+        await begun.wait()
+        call.cancel()
+        await channel.close()
+        await asyncio.sleep(0.1)
+        may_end.set()
+        async with asyncio.timeout(5):
+            while len(steps) < 2:
+                await asyncio.sleep(0.01)
+        await server.stop(0)
+        return steps
+
+    assert asyncio.run(scenario()) == ["charged", "recorded"]
