@@ -52,8 +52,9 @@ COUNTED = (
 )
 SETTINGS = (
     "mutual TLS on direct, none on Flower's loopback links; fedllm 16-bit values in 24-bit entries, complete graph, "
-    "3 of 4 shares; Flower 22-bit values in 64-bit entries, its defaults, 4 shares, 3 to reconstruct; all SuperLinks "
-    "and SuperNodes with fedllm's environment, task polls every 0.25 s in place of 1 s included"
+    "3 of 4 shares; Flower 22-bit values in 64-bit entries, its defaults, 4 shares, 3 to reconstruct; Flower's "
+    "systems run as Flower ships them, with task polls every 0.25 s in place of 1 s as fedllm sets them; fedllm over "
+    "Flower has what it brings: app processes that start warm, and a long poll in front of the SuperLink"
 )
 
 

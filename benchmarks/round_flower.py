@@ -21,15 +21,15 @@ from fedllm.relay.flower import flower_environment, flower_program
 from fedllm.relay.processes import Supervised
 
 ROOT = Path(__file__).parents[1]
-PEERS = ("secagg", "fedavg")
 EXCHANGES = {"secagg": 4, "fedavg": 1}
+"""Of one round, by peer: each waits for all owners."""
 LIMIT_S = 1500.0
 _CONNECTION = "bench"
 _TAIL = 3000
 
 
 def run_peer(name: str, dim: int, rounds: int) -> list[dict[str, Any]]:
-    """Run one of `PEERS` and return its rounds as its recorder wrote them.
+    """Run a peer of `EXCHANGES` and return its rounds as its recorder wrote them.
 
     Raises
     ------

@@ -8,6 +8,7 @@ to the last, beyond the sum itself, whatever was there before.
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 import tracemalloc
@@ -15,7 +16,8 @@ from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from statistics import median
-from typing import Any, TypeVar
+from tempfile import TemporaryFile
+from typing import IO, TypeVar
 
 import numpy as np
 from rich.table import Table
@@ -27,6 +29,7 @@ from fedllm.aggregation.secagg.masking import MaskedInput
 from fedllm.messages.secagg import MaskedVector
 
 T = TypeVar("T")
+_COLLECT_EVERY = 20
 OWNERS = (8, 16, 32, 64, 128, 256, 512, 1000)
 QUICK_OWNERS = (8, 32, 160)
 DIM = 100_000
@@ -64,13 +67,15 @@ def grow(owners: int, dim: int, corruption: float, dropout: float) -> Document:
     coordinate = _cpu(sum_.list_keys)[0]
     setup = [seconds + _cpu(partial(sum_.share, i))[0] for i, seconds in zip(everybody, setup, strict=True)]
     coordinate += _cpu(sum_.forward)[0]
-    mask, held, peak = [], 0, 0
-    for i in survivors:
-        seconds, vector = _cpu(partial(sum_.mask, i, updates[i % len(updates)]))
-        mask.append(seconds)
-        now, most = _traced(partial(_receive, sum_, i, vector))
-        held, peak = held + now, max(peak, held + most)
-        sum_.count(i, vector)
+    mask: list[float] = []
+    with TemporaryFile() as file:
+        spool = Spool(file)
+        for i in survivors:
+            seconds, vector = _cpu(partial(sum_.mask, i, updates[i % len(updates)]))
+            mask.append(seconds)
+            sum_.count(i, vector)
+            spool.put(vector)
+        peak = spool.hand_over(sum_)
     reveal = [_cpu(partial(sum_.confirm, i))[0] for i in survivors]
     coordinate += _cpu(sum_.settle)[0]
     reveal = [seconds + _cpu(partial(sum_.reveal, i))[0] for i, seconds in zip(survivors, reveal, strict=True)]
@@ -98,25 +103,38 @@ def grow(owners: int, dim: int, corruption: float, dropout: float) -> Document:
     }
 
 
-def _receive(sum_: Fedllm, owner: int, vector: MaskedInput) -> None:
-    """Take a vector in as a carrier hands it over: decoded, its chunks in memory of their own."""
-    head = wire.decode(MaskedVector, wire.encode(vector.head))
-    sum_.add(owner, head, [bytes(bytearray(chunk)) for chunk in vector.chunks])
+class Spool:
+    """Vectors on disk between owners and coordinator, so that neither's memory is counted as the other's."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._cuts: list[list[int]] = []
+
+    def put(self, vector: MaskedInput) -> None:
+        """Write one vector behind the others."""
+        parts = [wire.encode(vector.head), *vector.chunks]
+        self._cuts.append([self._file.write(part) for part in parts])
+
+    def hand_over(self, sum_: Fedllm) -> int:
+        """Let the coordinator add one vector after another; return the most bytes that were allocated meanwhile."""
+        self._file.seek(0)
+        gc.freeze()
+        tracemalloc.start()
+        for owner, cuts in enumerate(self._cuts):
+            head, *chunks = [self._file.read(cut) for cut in cuts]
+            sum_.add(owner, wire.decode(MaskedVector, head), chunks)
+            if owner % _COLLECT_EVERY == 0:
+                gc.collect()  # empties CPython's lists of spare tuples and dicts, which would count as held
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        gc.unfreeze()
+        return peak
 
 
 def _cpu(work: Callable[[], T]) -> tuple[float, T]:
     start = time.process_time()
     result = work()
     return time.process_time() - start, result
-
-
-def _traced(work: Callable[[], Any]) -> tuple[int, int]:
-    """Return the bytes that `work` left allocated, and the most it had."""
-    tracemalloc.start()
-    work()
-    now, most = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    return now, most
 
 
 def table(document: Document) -> Table:

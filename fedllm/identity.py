@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
@@ -167,16 +168,20 @@ class Roster:
         """Build a roster from names and keys."""
         return cls(tuple(Member(OwnerId(o), keys[o].raw) for o in sorted(keys)))
 
-    @property
+    @cached_property
     def digest(self) -> Digest:
         """SHA-256 of the canonical encoding."""
         return sha256(wire.encode(self))
 
+    @cached_property
+    def _keys(self) -> dict[OwnerId, VerifyKey]:
+        return {member.owner: VerifyKey(member.key) for member in self.members}
+
     def key(self, owner: OwnerId) -> VerifyKey:
         """Return an owner's pinned key, or raise `NotFound`."""
-        for member in self.members:
-            if member.owner == owner:
-                return VerifyKey(member.key)
+        found = self._keys.get(owner)
+        if found is not None:
+            return found
         raise NotFound(f"owner {owner!r} is not in the roster ({', '.join(m.owner for m in self.members)})")
 
     def save(self, path: Path) -> None:

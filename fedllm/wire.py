@@ -11,6 +11,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable
 from functools import cache
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -53,26 +54,35 @@ def decode(cls: type[T], data: bytes) -> T:
         plain = cbor2.loads(data)
     except _UNREADABLE as error:
         raise DecodeError(f"{cls.__name__}: not CBOR ({type(error).__name__})") from None
-    value = _typed(cls, plain, cls.__name__)
+    try:
+        value = _reader(typing.cast("Any", cls))(plain)
+    except _WrongError as wrong:
+        raise DecodeError(f"{cls.__name__}{wrong.path}: {wrong.why}") from None
     if encode(value) != data:
         raise DecodeError(f"{cls.__name__}: not in canonical form")
     return typing.cast("T", value)
 
 
+_LEAVES = frozenset({type(None), bool, int, str, bytes})
+
+
 def _plain(value: object) -> object:
-    if value is None or isinstance(value, bool | int | str | bytes):
+    kind = type(value)
+    if kind in _LEAVES:
+        return value
+    if kind is tuple:
+        return [_plain(item) for item in typing.cast("tuple[object, ...]", value)]
+    if kind is dict:
+        return {_map_key(key): _plain(item) for key, item in typing.cast("dict[object, object]", value).items()}
+    if isinstance(value, int | str | bytes):
         return value
     if isinstance(value, float):
         if not math.isfinite(value):
             raise TypeError("only finite floats have a wire form")
         return value
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {_map_key(key): _plain(item) for key, item in value.items()}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    raise TypeError(f"{type(value).__name__} has no wire form")
+    if dataclasses.is_dataclass(kind):
+        return {name: _plain(getattr(value, name)) for name in _names(kind)}
+    raise TypeError(f"{kind.__name__} has no wire form")
 
 
 def _map_key(key: object) -> str:
@@ -82,73 +92,129 @@ def _map_key(key: object) -> str:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(f.name for f in dataclasses.fields(cls))
 
 
-def _typed(hint: Any, value: object, where: str) -> object:
-    hint = _bare(hint)
-    if dataclasses.is_dataclass(hint):
-        return _record(typing.cast("type", hint), value, where)
-    origin = get_origin(hint)
-    if origin in (types.UnionType, typing.Union):
-        return _union(get_args(hint), value, where)
-    if origin is tuple:
-        return _tuple(get_args(hint), value, where)
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise DecodeError(f"{where}: {type(value).__name__} found, map expected")
-        item = get_args(hint)[1]
-        return {_text_key(k, where): _typed(item, v, f"{where}[{k!r}]") for k, v in value.items()}
-    if hint is float and isinstance(value, float) and math.isfinite(value):
-        return value
-    if hint is not float and isinstance(hint, type) and type(value) is hint:
-        return value
-    raise DecodeError(f"{where}: {type(value).__name__} found, {getattr(hint, '__name__', hint)} expected")
+class _WrongError(Exception):
+    """What is wrong, and where: the path grows as the error passes the values that it lies in."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why)
+        self.why = why
+        self.path = ""
+
+    def within(self, step: str) -> _WrongError:
+        self.path = step + self.path
+        return self
 
 
-def _bare(hint: Any) -> Any:
+_Reader = Callable[[object], object]
+"""From what CBOR gave to the value of one type; a list of keys holds thousands, so it is made once for a type."""
+
+
+@cache
+def _reader(hint: Any) -> _Reader:
     while hasattr(hint, "__supertype__"):  # a NewType travels as what it wraps
         hint = hint.__supertype__
-    return hint
+    if dataclasses.is_dataclass(hint):
+        return _record_reader(typing.cast("type", hint))
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _optional_reader(arguments)
+    if origin is tuple:
+        return _tuple_reader(arguments)
+    if origin is dict:
+        return _map_reader(_reader(arguments[1]))
+    if hint is float:
+        return _float
+    if hint in (bool, int, str, bytes):
+        return _leaf_reader(hint)
+    raise TypeError(f"{hint} has no wire form")
 
 
-def _record(cls: type, value: object, where: str) -> object:
-    if not isinstance(value, dict):
-        raise DecodeError(f"{where}: {type(value).__name__} found, map expected")
-    names = [f.name for f in dataclasses.fields(cls)]
-    if set(value) != set(names):
-        raise DecodeError(f"{where}: fields {sorted(map(str, value))} found, {sorted(names)} expected")
-    hints = _hints(cls)
-    try:
-        return cls(**{name: _typed(hints[name], value[name], f"{where}.{name}") for name in names})
-    except (ValueError, TypeError) as error:
-        raise DecodeError(f"{where}: {error}") from None
+def _leaf_reader(kind: type) -> _Reader:
+    def read(value: object) -> object:
+        if type(value) is kind:
+            return value
+        raise _WrongError(f"{type(value).__name__} found, {kind.__name__} expected")
+
+    return read
 
 
-def _union(options: tuple[Any, ...], value: object, where: str) -> object:
-    if value is None and type(None) in options:
-        return None
+def _float(value: object) -> object:
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    raise _WrongError(f"{type(value).__name__} found, float expected")
+
+
+def _record_reader(cls: type) -> _Reader:
+    hints = typing.get_type_hints(cls)
+    readers = [(name, _reader(hints[name])) for name in _names(cls)]
+    names = set(_names(cls))
+
+    def read(value: object) -> object:
+        if not isinstance(value, dict):
+            raise _WrongError(f"{type(value).__name__} found, map expected")
+        if value.keys() != names:
+            raise _WrongError(f"fields {sorted(map(str, value))} found, {sorted(names)} expected")
+        fields: dict[str, object] = {}
+        for name, reader in readers:
+            try:
+                fields[name] = reader(value[name])
+            except _WrongError as wrong:
+                raise wrong.within(f".{name}") from None
+        try:
+            return cls(**fields)
+        except (ValueError, TypeError) as error:
+            raise _WrongError(str(error)) from None
+
+    return read
+
+
+def _optional_reader(options: tuple[Any, ...]) -> _Reader:
     rest = [option for option in options if option is not type(None)]
-    if len(rest) != 1:
-        raise TypeError(f"{where}: a wire union is one type or None")
-    return _typed(rest[0], value, where)
+    if len(rest) != 1 or len(options) != 2:
+        raise TypeError(f"a wire union is one type or None, not {options}")
+    inner = _reader(rest[0])
+    return lambda value: None if value is None else inner(value)
 
 
-def _tuple(options: tuple[Any, ...], value: object, where: str) -> tuple[object, ...]:
-    if not isinstance(value, list):
-        raise DecodeError(f"{where}: {type(value).__name__} found, list expected")
-    if len(options) == 2 and options[1] is Ellipsis:
-        return tuple(_typed(options[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if len(options) != len(value):
-        raise DecodeError(f"{where}: {len(value)} items found, {len(options)} expected")
-    return tuple(_typed(o, item, f"{where}[{i}]") for i, (o, item) in enumerate(zip(options, value, strict=True)))
+def _tuple_reader(options: tuple[Any, ...]) -> _Reader:
+    many = len(options) == 2 and options[1] is Ellipsis
+    readers = [_reader(option) for option in options if option is not Ellipsis]
+
+    def read(value: object) -> object:
+        if not isinstance(value, list):
+            raise _WrongError(f"{type(value).__name__} found, list expected")
+        if not many and len(value) != len(readers):
+            raise _WrongError(f"{len(value)} items found, {len(readers)} expected")
+        items: list[object] = []
+        for at, item in enumerate(value):
+            try:
+                items.append(readers[0 if many else at](item))
+            except _WrongError as wrong:
+                raise wrong.within(f"[{at}]") from None
+        return tuple(items)
+
+    return read
 
 
-def _text_key(key: object, where: str) -> str:
-    if not isinstance(key, str):
-        raise DecodeError(f"{where}: map key of type {type(key).__name__} found, str expected")
-    return key
+def _map_reader(inner: _Reader) -> _Reader:
+    def read(value: object) -> object:
+        if not isinstance(value, dict):
+            raise _WrongError(f"{type(value).__name__} found, map expected")
+        items: dict[str, object] = {}
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise _WrongError(f"map key of type {type(key).__name__} found, str expected")
+            try:
+                items[key] = inner(item)
+            except _WrongError as wrong:
+                raise wrong.within(f"[{key!r}]") from None
+        return items
+
+    return read
 
 
 def peek_int(data: bytes, field: str) -> int:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.adapter import AdapterSpec
-from fedllm.aggregation.secagg import SecAggCoordinator, SecAggOwner
+from fedllm.aggregation.secagg import SecAggCoordinator, SecAggOwner, graph
 from fedllm.errors import TwoViews
 from fedllm.identity import Roster, SigningIdentity
 from fedllm.ids import Digest, OwnerId, RoundNumber, sha256
@@ -95,13 +97,19 @@ class World:
             "roster": self.roster, "ring_bits": self.bits, "entries": self.entries, "rng": self.rng,
             "once": Remembered(),
         }  # fmt: skip
-        return SecAggOwner(**{**arguments, **changes})  # type: ignore[arg-type]
+        with self.small_graphs():
+            return SecAggOwner(**{**arguments, **changes})  # type: ignore[arg-type]
+
+    def small_graphs(self) -> AbstractContextManager[object]:
+        """Let this world's parties accept a sparse graph of few owners, whose rates are zero."""
+        return nullcontext() if self.graph is None else patch.object(graph, "COMPLETE_UP_TO", 0)
 
     def new_coordinator(self) -> SecAggCoordinator:
         """Return a fresh coordinator."""
-        return SecAggCoordinator(
-            plan=self.plan, purpose=self.purpose, roster=self.roster, ring_bits=self.bits, entries=self.entries
-        )
+        with self.small_graphs():
+            return SecAggCoordinator(
+                plan=self.plan, purpose=self.purpose, roster=self.roster, ring_bits=self.bits, entries=self.entries
+            )
 
     def values(self, name: OwnerId) -> U32:
         """Return an owner's values, drawn from its name; they use the whole ring."""

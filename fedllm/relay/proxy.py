@@ -116,7 +116,10 @@ class FleetProxy:
         try:
             self._server = await asyncio.start_server(self._accept, host, port, limit=_MAX_HEAD)
         except OSError as error:
-            raise PortBusy(f"cannot listen on {host}:{port}: {error.strerror}", hint="choose another port") from None
+            raise PortBusy(
+                f"another program listens on {host}:{port}, or the address is not ours ({error.strerror})",
+                hint="choose another flower_port",
+            ) from None
 
     def pushed(self) -> None:
         """Let the requests for messages through: there are some."""

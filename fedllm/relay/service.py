@@ -87,7 +87,6 @@ async def serve_deliver(path: Path, deliver: Deliver) -> EnvelopeServer:
     PortBusy
         If another process serves there.
     """
-
     underway: set[asyncio.Future[Reply]] = set()
 
     def ended(work: asyncio.Future[Reply]) -> None:

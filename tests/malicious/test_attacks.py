@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from malicious.attacks_keys import KEYS
 from malicious.attacks_line import LINES
+from malicious.attacks_peers import PEERS
 from malicious.attacks_plan import PLANS
 from malicious.attacks_retry import RETRIES
+from malicious.attacks_sparse import SPARSE
 from malicious.attacks_sum import SUMS
 from malicious.scene import Attack
 
-ATTACKS = [*PLANS, *KEYS, *SUMS, *RETRIES, *LINES]
+ATTACKS = [*PLANS, *KEYS, *SUMS, *SPARSE, *RETRIES, *LINES, *PEERS]
 names = [attack.name for attack in ATTACKS]
 
 

@@ -79,6 +79,9 @@ def search(owners: int, corruption: float, dropout: float) -> Graph | None:
 def check(owners: int, neighbours: int, threshold: int, corruption: float, dropout: float) -> None:
     """Return if k and t keep an owner's secrets secret at the rate of corruption; the odds of an abort are not asked.
 
+    A cohort of up to `COMPLETE_UP_TO` must be connected completely: 5 % of four owners are none, and nothing would
+    be left of the bound.
+
     Parameters
     ----------
     owners : int
@@ -101,10 +104,10 @@ def check(owners: int, neighbours: int, threshold: int, corruption: float, dropo
                 f"the plan's threshold is {threshold} of {owners} owners, {least} to {owners} allowed"
             )
         return
-    if not 1 <= threshold <= neighbours < owners - 1:
+    if owners <= COMPLETE_UP_TO or not 1 <= threshold <= neighbours < owners - 1:
         raise ThresholdRefused(
-            f"the plan's threshold is {threshold} of {neighbours} neighbours among {owners} owners: "
-            f"1 to {neighbours} of at most {owners - 1} allowed"
+            f"the plan's threshold is {threshold} of {neighbours} neighbours among {owners} owners: up to "
+            f"{COMPLETE_UP_TO} everybody is one, above that at most {owners - 1}, and the threshold is among them"
         )
     corrupt = math.floor(corruption * owners)
     least = 2 * threshold - neighbours

@@ -96,15 +96,16 @@ def mask_and_pack(values: U32, masks: Sequence[Mask], entry_bytes: int) -> tuple
     """
     streams = _Masks(masks)
     lanes = np.empty(BLOCK, dtype="<u4")
+    cuts = _cuts(values.size, entry_bytes)
+    packed = np.empty((max((stop - start for start, stop in cuts), default=0), entry_bytes), dtype=np.uint8)
     chunks: list[bytes] = []
-    for start, stop in _cuts(values.size, entry_bytes):
-        packed = np.empty((stop - start, entry_bytes), dtype=np.uint8)
+    for start, stop in cuts:
         for at in range(start, stop, BLOCK):
             block = lanes[: min(BLOCK, stop - at)]
             block[:] = values[at : at + block.size]
             streams.add_to(block)
             _store_low_bytes(packed[at - start : at - start + block.size], block)
-        chunks.append(packed.tobytes())
+        chunks.append(packed[: stop - start].tobytes())
     return tuple(chunks)
 
 

@@ -118,7 +118,15 @@ class Phase(Generic[T]):
     async def ask(self, requests: Mapping[OwnerId, Body], *, end: float) -> None:
         """Ask the owners without an answer, again and again, until all have one, are out, or time is over."""
         c = self._context
-        self._waiting = {o: self._envelope(o, body) for o, body in sorted(requests.items()) if o not in self.answers}
+        encoded: dict[int, bytes] = {}  # most phases ask everybody the very same: it is encoded once
+        for body in requests.values():
+            if id(body) not in encoded:
+                encoded[id(body)] = wire.encode(body)
+        self._waiting = {
+            owner: self._envelope(owner, type(body).__name__, encoded[id(body)])
+            for owner, body in sorted(requests.items())
+            if owner not in self.answers
+        }
         self._silences = dict.fromkeys(self._waiting, 0)
         self._heard = dict.fromkeys(self._waiting, c.clock.monotonic())
         while self._waiting and (left := end - c.clock.now()) > 0:
@@ -208,9 +216,8 @@ class Phase(Generic[T]):
         c = self._context
         c.progress(RoundEvent(c.name, c.number, c.state, owner, done, total))
 
-    def _envelope(self, owner: OwnerId, body: Body) -> Envelope:
+    def _envelope(self, owner: OwnerId, kind: str, data: bytes) -> Envelope:
         c = self._context
-        kind, data = type(body).__name__, wire.encode(body)
         request = request_id(c.plan.digest, kind, owner, sha256(data))
         return Envelope(ENVELOPE_VERSION, kind, c.name, c.number, COORDINATOR, owner, request, data)
 

@@ -34,8 +34,11 @@ def test_the_search_gives_the_table(n: int, rates: tuple[float, float], k: int, 
 
 
 @pytest.mark.parametrize(("n", "rates", "k", "t"), ROWS)
-def test_owners_accept_the_table_and_nothing_below(n: int, rates: tuple[float, float], k: int, t: int) -> None:
-    """The planned (k, t) passes; one share less is refused, and so is the same t of more holders."""
+def test_owners_accept_the_table_and_nothing_below(
+    n: int, rates: tuple[float, float], k: int, t: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The planned (k, t) passes; one share less is refused."""
+    monkeypatch.setattr(graph, "COMPLETE_UP_TO", 0)
     check(n, k, t, *rates)
     with pytest.raises(ThresholdRefused, match="does not keep the secrets"):
         check(n, k, t - 1, *rates)
@@ -93,8 +96,16 @@ def test_graphs_that_are_none_are_refused(k: int, t: int) -> None:
 def test_a_half_and_less_is_refused_even_without_corruption() -> None:
     """With t at most k/2 the coordinator splits honest holders into two halves; with one more it cannot."""
     with pytest.raises(ThresholdRefused):
-        check(20, 6, 3, 0.0, 0.0)
-    check(20, 6, 4, 0.0, 0.0)
+        check(200, 6, 3, 0.0, 0.0)
+    check(200, 6, 4, 0.0, 0.0)
+
+
+@pytest.mark.parametrize("n", [4, 64, COMPLETE_UP_TO])
+def test_a_small_cohort_on_a_sparse_graph_is_refused(n: int) -> None:
+    """Rates are rounded down to whole owners: of four, five per cent are none, and one peer would be enough."""
+    for k, t in ((1, 1), (2, 2), (n - 2, n - 2)):
+        with pytest.raises(ThresholdRefused, match=f"among {n} owners: up to 128 everybody is one"):
+            check(n, k, t, 0.05, 0.05)
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])

@@ -361,7 +361,7 @@ def test_what_a_daemon_has_begun_it_ends_although_its_caller_is_gone(tmp_path: P
         await asyncio.sleep(0.1)
         may_end.set()
         async with asyncio.timeout(5):
-            while len(steps) < 2:
+            while len(steps) < 2:  # noqa: ASYNC110 - the daemon is not told
                 await asyncio.sleep(0.01)
         await server.stop(0)
         return steps
