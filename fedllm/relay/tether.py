@@ -83,7 +83,9 @@ def main(arguments: list[str]) -> int:
         signal.signal(number, lambda got, _frame: asked.append(got))
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     # one thread and no locks here, so code between fork and exec is safe
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_in_child).pid  # noqa: PLW1509
+    # kept for as long as this runs: a Popen that is collected reaps its child, whose exit status is then lost
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_in_child)  # noqa: PLW1509
+    child = process.pid
     code: int | None = None
     while code is None and not asked:
         readable, _, _ = select.select([0], [], [], _POLL_S)

@@ -9,7 +9,21 @@ from typing import Any
 
 from malicious.attacks_plan import SYBIL
 from malicious.removals import cut, replaced
-from malicious.scene import EAST, IDENTITIES, NORTH, OWNERS, SOUTH, WEST, Attack, Play, Scene, Verdicts, begin, plan, verdict
+from malicious.scene import (
+    EAST,
+    IDENTITIES,
+    NORTH,
+    OWNERS,
+    SOUTH,
+    WEST,
+    Attack,
+    Play,
+    Scene,
+    Verdicts,
+    begin,
+    plan,
+    verdict,
+)
 from unit.client.owner_fakes import SPEC
 
 from fedllm.adapter import AdapterState
@@ -211,7 +225,8 @@ def a_second_delivery(purpose: str) -> Play:
             fewer = {"sharers": three, "ciphertexts": without(at, owner, gone)}
             first = at.send_masked(owner)
             asked[owner] = dataclasses.replace(
-                first, **{purpose: dataclasses.replace(getattr(first, purpose), **fewer)}  # type: ignore[arg-type]
+                first,
+                **{purpose: dataclasses.replace(getattr(first, purpose), **fewer)},  # type: ignore[arg-type]
             )
         return await at.verdicts(asked)
 

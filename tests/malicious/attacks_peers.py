@@ -187,7 +187,9 @@ PEERS = [
         "a chunk less", masked(lambda _w, m: MaskedInput(m.head, m.chunks[:1])), "decode",
         (cut(masking.check_chunks, "found != sizes", "len(head.chunks) != len(sizes)"),), "ends the round",
     ),
-    Attack("chunks cut elsewhere", masked(_cut_anew), "decode", (cut(masking.check_chunks, "found != sizes"),), "counted"),
+    Attack(
+        "chunks cut elsewhere", masked(_cut_anew), "decode", (cut(masking.check_chunks, "found != sizes"),), "counted"
+    ),
     Attack(
         "a vector one byte short", masked(_one_byte_short), "decode",
         (cut(masking.check_chunks, "found != sizes"),), "ends the round",

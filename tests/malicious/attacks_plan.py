@@ -141,11 +141,11 @@ def declared(**counts: int) -> RoundPlan:
 
 STRICT = dataclasses.replace(POLICY, min_cohort=4)
 DROWNED = {owner: 1.0 if owner == OWNERS[0] else 1e-6 for owner in OWNERS}
-LOUD = dataclasses.replace(DP, noise_multiplier=0.25)
+THRIFTY = dataclasses.replace(POLICY, max_epsilon=0.5)
 LONG = dataclasses.replace(plan().recipe, steps=50)
 NONE = {"mechanism": Mechanism.none(), "weights": None}
 SYBIL_COHORT = [*OWNERS[:3], SYBIL, OWNERS[3]]
-assert SYBIL_COHORT == sorted(SYBIL_COHORT)
+assert sorted(SYBIL_COHORT) == SYBIL_COHORT
 _cohort = policy._check_cohort
 ROSTERS = (cut(_cohort, "plan.roster != roster.digest"), cut(SumTerms.of, "plan.roster != roster.digest"))
 
@@ -164,6 +164,10 @@ PLANS = [
     Attack(
         "a graph on which two views meet", offered(plan(neighbours=2, threshold=1)), "threshold-refused",
         (ANY_GRAPH,), BEGUN,
+    ),
+    Attack(
+        "a sparse graph for a small cohort", offered(plan(neighbours=1, threshold=1)), "threshold-refused",
+        (cut(graph.check, "owners <= COMPLETE_UP_TO"),), BEGUN,
     ),
     Attack(
         "a sparse graph with t below the tail bound", offered(large(threshold=SAFE.threshold - 1), roster=LARGE),
@@ -219,7 +223,7 @@ PLANS = [
         (cut(policy._check_privacy, "policy.allow_without_dp"),), "budget-exhausted",
     ),
     Attack(
-        "a plan that costs more than is left", offered(plan(mechanism=LOUD)), "budget-exhausted",
+        "a plan that costs more than is left", offered(plan(), policy=THRIFTY), "budget-exhausted",
         (cut(Ledger.reserve, "needed > self.limit_epsilon"),), BEGUN,
     ),
     Attack(

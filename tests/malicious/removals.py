@@ -6,8 +6,8 @@ more fails the test: the tables of attacks say what the program checks today.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import inspect
 import textwrap
@@ -32,12 +32,12 @@ class _Cutter(ast.NodeTransformer):
         self.found |= found
         return bool(found)
 
-    def visit_If(self, node: ast.If) -> Any:  # noqa: N802 - named by ast
+    def visit_If(self, node: ast.If) -> Any:
         if self._is_one(ast.unparse(node.test)):
             return [self.visit(each) for each in node.orelse] or ast.Pass()
         return self.generic_visit(node)
 
-    def visit_Expr(self, node: ast.Expr) -> Any:  # noqa: N802
+    def visit_Expr(self, node: ast.Expr) -> Any:
         return ast.Pass() if self._is_one(ast.unparse(node)) else node
 
 

@@ -201,7 +201,9 @@ class Scene:
         self.parts[owner] = reply.parts
         return opened(reply, owner), reply
 
-    async def each(self, body: Body | Mapping[OwnerId, Body], owners: Iterable[OwnerId] | None = None) -> dict[Any, Any]:
+    async def each(
+        self, body: Body | Mapping[OwnerId, Body], owners: Iterable[OwnerId] | None = None
+    ) -> dict[Any, Any]:
         """Return the answers of some owners, the cohort by default, to one request, or to one of each owner's own."""
         if isinstance(body, Mapping):
             return {owner: await self.ask(owner, body[owner]) for owner in body}
@@ -312,4 +314,3 @@ class Scene:
         return SecAggCoordinator(
             plan=self.plan, purpose=purpose, roster=self._roster, ring_bits=bits, entries=codec.entries
         )
-

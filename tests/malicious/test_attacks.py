@@ -1,4 +1,4 @@
-"""Everything a hostile coordinator may try, through the real line, and the code that every honest owner refuses it with."""
+"""Everything a hostile coordinator may try on the real line, and the code that every honest owner refuses it with."""
 
 from __future__ import annotations
 

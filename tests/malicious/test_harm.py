@@ -111,8 +111,8 @@ def test_a_man_in_the_middle_of_the_keys_reads_the_victims_vector(
             pair = keys.open_shares(
                 dealt.update.ciphertexts[owner], keys.sealing_key(secret, ctx, v1, WEST, owner), ctx, v1, WEST, owner
             )
-            for kind in shares:
-                shares[kind][points[owner]] = shamir.share_from_bytes(bytes(getattr(pair, kind)))
+            for kind, found in shares.items():
+                found[points[owner]] = shamir.share_from_bytes(bytes(getattr(pair, kind)))
             back = keys.SharePair(bytearray(33), bytearray(33))
             to_west = keys.sealing_key(secret, ctx, v1, owner, WEST)
             sealed[owner] = keys.seal_shares(back, to_west, ctx, v1, owner, WEST, SeededRng(owner))

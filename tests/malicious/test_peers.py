@@ -43,7 +43,9 @@ def moved(shares: Mapping[str, bytes]) -> dict[str, bytes]:
 
 def liar(answers: Mapping[OwnerId, UnmaskShares], *liars: OwnerId) -> dict[OwnerId, UnmaskShares]:
     """Return the answers, with wrong shares from some."""
-    return {o: dataclasses.replace(a, seed_shares=moved(a.seed_shares)) if o in liars else a for o, a in answers.items()}
+    return {
+        o: dataclasses.replace(a, seed_shares=moved(a.seed_shares)) if o in liars else a for o, a in answers.items()
+    }
 
 
 def answered(world: World) -> dict[OwnerId, UnmaskShares]:
@@ -157,7 +159,7 @@ def test_a_dealer_of_wrong_points_gets_nobody_proven_wrong(monkeypatch: pytest.M
 
 
 def test_a_dealer_whose_shares_open_nothing_ends_the_round_under_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All shares exchanged: no five of seven open its seed. The round ends, its name is in the reason, nothing opens."""
+    """All shares exchanged: no five of seven open its seed. The round ends, and the reason names it."""
     world = run_with_wrong_dealer(monkeypatch, 5)
     with pytest.raises(RoundAborted, match=f"the seed of '{HOSTILE}' cannot be opened"):
         world.unmask(world.confirm(world.names))
@@ -176,7 +178,9 @@ class TwoNodes:
         """Return all nodes."""
         return tuple(sorted(self._nodes))
 
-    async def exchange(self, outbound: Mapping[str, bytes], *, deadline_s: float) -> AsyncGenerator[tuple[str, Reply], None]:
+    async def exchange(
+        self, outbound: Mapping[str, bytes], *, deadline_s: float
+    ) -> AsyncGenerator[tuple[str, Reply], None]:
         """Deliver at once."""
         for node, data in outbound.items():
             yield node, await self._nodes[node](data)

@@ -86,7 +86,9 @@ def test_huge_garbage_is_refused_and_kept_nowhere(tmp_path: Path) -> None:
     assert (tmp_path / "home" / "audit.jsonl").stat().st_size < 2000
 
 
-@pytest.mark.parametrize("raw", [b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 4096, b"\0" * 65536])
+@pytest.mark.parametrize(
+    "raw", [b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 4096, b"\0" * 65536]
+)
 def test_what_is_not_even_grpc_ends_its_own_connection_only(tmp_path: Path, raw: bytes) -> None:
     """Raw bytes at the socket: that connection is closed, the next one is served."""
 

@@ -71,7 +71,8 @@ def test_the_same_request_gets_the_same_answer_and_no_second_work(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("step", "answer"), [("share", "SharedKeys"), ("mask", "Masked"), ("confirm", "Confirmed"), ("unmask", "step-mismatch")]
+    ("step", "answer"),
+    [("share", "SharedKeys"), ("mask", "Masked"), ("confirm", "Confirmed"), ("unmask", "step-mismatch")],
 )
 def test_without_memory_each_step_still_answers_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str, answer: str
@@ -99,7 +100,7 @@ def test_without_memory_each_step_still_answers_once(
 def test_three_lines_stand_between_a_repeated_plan_and_a_second_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, removed: tuple[Any, ...], answer: str, trained: list[int]
 ) -> None:
-    """The answer that is remembered, the plan that is under way, the round's number: without all three it trains again."""
+    """The answer remembered, the plan under way, the round's number: without all three it trains again."""
     for remove in removed:
         remove(monkeypatch)
     said, _, _, (rounds, _, _) = asyncio.run(twice(tmp_path, "begin"))

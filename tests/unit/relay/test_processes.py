@@ -159,3 +159,17 @@ def test_a_program_that_is_not_there_says_so_in_its_log(tmp_path: Path) -> None:
         time.sleep(0.02)
     assert child.returncode not in (0, None)
     assert "No such file" in (tmp_path / "log").read_text()
+
+
+def test_a_command_that_ends_at_once_is_seen_to_end(tmp_path: Path) -> None:
+    """Its exit status is not lost, however soon it ends after it was started."""
+    quick = [
+        Supervised(f"quick {i}", ["sh", "-c", "exit 3"], env=dict(os.environ), log=tmp_path / "log") for i in range(4)
+    ]
+    for process in quick:
+        process.start()
+    for _ in range(500):
+        if not any(process.alive() for process in quick):
+            break
+        time.sleep(0.02)
+    assert [process.returncode for process in quick] == [3] * 4

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import os
-from collections.abc import AsyncIterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -24,17 +27,25 @@ class Upstream:
     def __init__(self) -> None:
         self.seen: list[tuple[str, bytes]] = []
         self.heads: list[bytes] = []
+        self.broken_off = 0
         self.answer = b""
+        self.headers = b"x-answer: yes\r\n"
+        self.sends: int | None = None
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer one request."""
+        """Answer one request, with no more than `sends` bytes."""
         head = await reader.readuntil(b"\r\n\r\n")
         length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
         self.heads.append(head)
-        self.seen.append((head.split(b" ")[1].decode(), await reader.readexactly(length)))
-        writer.write(b"HTTP/1.1 200 OK\r\nx-answer: yes\r\ncontent-length: %d\r\n\r\n" % len(self.answer) + self.answer)
-        await writer.drain()
-        writer.close()
+        try:
+            self.seen.append((head.split(b" ")[1].decode(), await reader.readexactly(length)))
+            answer = b"HTTP/1.1 200 OK\r\n" + self.headers + b"content-length: %d\r\n\r\n" % len(self.answer) + self.answer
+            writer.write(answer[: self.sends])
+            await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self.broken_off += 1
+        finally:
+            writer.close()
 
 
 class Client:
@@ -43,11 +54,20 @@ class Client:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
 
-    async def ask(self, path: str, body: bytes = b"", head: str | None = None) -> tuple[int, bytes]:
-        """Return status and body of the response."""
+    def send(self, path: str, body: bytes = b"", head: str | None = None) -> None:
+        """Send a request."""
         if head is None:
             head = f"POST {path} HTTP/1.1\r\nhost: x\r\nflwr-signature: s\r\ncontent-length: {len(body)}\r\n\r\n"
         self.writer.write(head.encode() + body)
+
+    async def last(self) -> int:
+        """Return the status of a response after which the connection ends."""
+        answer = await asyncio.wait_for(self.reader.read(), 5)
+        return int(answer.split(b" ")[1])
+
+    async def ask(self, path: str, body: bytes = b"", head: str | None = None) -> tuple[int, bytes]:
+        """Return status and body of the response."""
+        self.send(path, body, head)
         answer = await self.reader.readuntil(b"\r\n\r\n")
         length = int(answer.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         return int(answer.split(b" ")[1]), await self.reader.readexactly(length)
@@ -64,6 +84,12 @@ class World:
         return Client(*await asyncio.open_connection("127.0.0.1", self.port))
 
 
+async def _until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - the other end of a socket
+            await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
 async def _world() -> AsyncIterator[World]:
     upstream, asked = Upstream(), []
@@ -73,10 +99,9 @@ async def _world() -> AsyncIterator[World]:
         asked.append(body)
 
     fleet = FleetProxy(server.sockets[0].getsockname()[1], on_asked)
-    await fleet.open("127.0.0.1", 0)
-    assert fleet._server is not None
+    port = await fleet.open("127.0.0.1", 0)
     try:
-        yield World(upstream, fleet, fleet._server.sockets[0].getsockname()[1], asked)
+        yield World(upstream, fleet, port, asked)
     finally:
         await fleet.close()
         server.close()
@@ -99,33 +124,151 @@ def test_a_request_to_the_fleet_api_passes_unchanged() -> None:
 
 
 @pytest.mark.parametrize(
-    "head",
+    ("status", "line", "headers"),
     [
-        "POST /v1/control/start-run HTTP/1.1\r\ncontent-length: 0\r\n\r\n",
-        "POST /v1/runtime/acquire-task HTTP/1.1\r\ncontent-length: 0\r\n\r\n",
-        "POST /v1/fleet/../control/start-run HTTP/1.1\r\ncontent-length: 0\r\n\r\n",
-        "POST /v1/fleet/%2e%2e/control/start-run HTTP/1.1\r\ncontent-length: 0\r\n\r\n",
-        "POST /v1/fleet/x?y HTTP/1.1\r\ncontent-length: 0\r\n\r\n",
-        "POST http://x/v1/fleet/get-run HTTP/1.1\r\ncontent-length: 0\r\n\r\n",
-        "GET /v1/fleet/get-run HTTP/1.1\r\ncontent-length: 0\r\n\r\n",
-        "POST /v1/fleet/get-run HTTP/1.1\r\ncontent-length: 1\r\ncontent-length: 0\r\n\r\n",
-        "POST /v1/fleet/get-run HTTP/1.1\r\ncontent-length: +1\r\n\r\n",
-        "POST /v1/fleet/get-run HTTP/1.1\r\ncontent-length: 1\r\ntransfer-encoding: chunked\r\n\r\n",
-        "POST /v1/fleet/get-run HTTP/1.1\r\ncontent-length: 1\r\n transfer-encoding: chunked\r\n\r\n",
-        "POST /v1/fleet/get-run HTTP/1.1\r\ncontent-length : 1\r\n\r\n",
-        "POST /v1/fleet/get-run HTTP/1.1\r\n\r\n",
+        (404, "POST /v1/control/start-run HTTP/1.1", "content-length: 0"),
+        (404, "POST /v1/runtime/acquire-task HTTP/1.1", "content-length: 0"),
+        (404, "POST /v1/fleet/../control/start-run HTTP/1.1", "content-length: 0"),
+        (404, "POST /v1/fleet/%2e%2e/control/start-run HTTP/1.1", "content-length: 0"),
+        (404, "POST /v1/fleet/x%2d HTTP/1.1", "content-length: 0"),
+        (404, "POST /v1/fleet/x?y HTTP/1.1", "content-length: 0"),
+        (404, "POST /v1/fleet/ HTTP/1.1", "content-length: 0"),
+        (404, f"POST /v1/fleet/{'x' * 65} HTTP/1.1", "content-length: 0"),
+        (404, "POST http://x/v1/fleet/get-run HTTP/1.1", "content-length: 0"),
+        (404, "GET /v1/fleet/get-run HTTP/1.1", "content-length: 0"),
+        (404, "GET /v1/control/start-run HTTP/1.1", "connection: upgrade\r\nupgrade: websocket"),
+        (411, "POST /v1/fleet/get-run HTTP/1.1", "x: y"),
+        (411, "POST /v1/fleet/get-run HTTP/1.1", "transfer-encoding: chunked"),
+        (411, "POST /v1/fleet/get-run HTTP/1.1", "content-length: 1\r\ntransfer-encoding: chunked"),
+        (411, "POST /v1/fleet/get-run HTTP/1.1", "content-length: 1\r\nconnection: content-length"),
+        (413, "POST /v1/fleet/get-run HTTP/1.1", f"content-length: {proxy.MAX_BODY + 1}"),
+        (400, "POST /v1/fleet/get-run HTTP/1.1", "content-length: 1\r\ncontent-length: 0"),
+        (400, "POST /v1/fleet/get-run HTTP/1.1", "content-length: +1"),
+        (400, "POST /v1/fleet/get-run HTTP/1.1", "content-length: 1\r\n transfer-encoding: chunked"),
+        (400, "POST /v1/fleet/get-run HTTP/1.1", "content-length : 1"),
+        (400, "POST /v1/fleet/get-run HTTP/1.1", "transfer-encoding: gzip, chunked"),
+        (400, "POST /v1/fleet/get-run", "content-length: 0"),
+        (400, "POST /v1/fleet/get-run HTTP/1.1", "x: " + "y" * (1 << 19)),
     ],
 )
-def test_nothing_else_reaches_the_superlink(head: str) -> None:
+def test_nothing_else_reaches_the_superlink(status: int, line: str, headers: str) -> None:
     """Neither the APIs that start code, nor a head on whose meaning two servers could differ."""
 
     async def scenario() -> None:
         async with _world() as world:
             client = await world.client()
-            assert (await client.ask("", head=head))[0] == 400
-            assert await client.reader.read() == b""
-            assert world.upstream.seen == []
+            client.send("", head=f"{line}\r\nhost: x\r\n{headers}\r\n\r\n")
+            assert await client.last() == status
+            assert world.upstream.heads == []
             client.writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_headers_pass_both_ways_except_those_of_one_connection() -> None:
+    """Nothing is added, and what is compressed stays compressed."""
+
+    async def scenario() -> None:
+        async with _world() as world:
+            world.upstream.answer = gzip.compress(b"message")
+            world.upstream.headers = b"content-encoding: gzip\r\nkeep-alive: timeout=5\r\nx-answer: yes\r\n"
+            client = await world.client()
+            client.send("", head=(
+                "POST /v1/fleet/get-run HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nFlwr-Signature: S\r\nTE: trailers\r\n"
+                "X-Hop: 1\r\nConnection: close, X-Hop\r\nKeep-Alive: 5\r\nUpgrade: h2c\r\nExpect: 100-continue\r\n\r\n"
+            ))  # fmt: skip
+            head, _, body = (await asyncio.wait_for(client.reader.read(), 5)).partition(b"\r\n\r\n")
+            assert body == world.upstream.answer
+            length = b"content-length: %d" % len(body)
+            assert sorted(head.split(b"\r\n")) == [
+                b"HTTP/1.1 200 OK", b"connection: close", b"content-encoding: gzip", length, b"x-answer: yes"
+            ]  # fmt: skip
+            (passed,) = world.upstream.heads
+            assert sorted(passed.lower().split(b"\r\n")) == [
+                b"", b"", b"content-length: 0", b"flwr-signature: s", b"host: x", b"post /v1/fleet/get-run http/1.1"
+            ]  # fmt: skip
+            client.writer.close()
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("sends", [0, 10, 200])
+def test_a_request_is_passed_on_once_whatever_becomes_of_its_answer(sends: int) -> None:
+    """None, a piece of its head, and a piece of its body: that last one ends the node's connection."""
+
+    async def scenario() -> None:
+        async with _world() as world:
+            world.upstream.answer, world.upstream.sends = os.urandom(1000), sends
+            client = await world.client()
+            if sends < 200:
+                assert (await client.ask(PULL, b"node 1"))[0] == 502
+            else:
+                with pytest.raises(asyncio.IncompleteReadError):
+                    await client.ask(PULL, b"node 1")
+            assert world.upstream.seen == [(PULL, b"node 1")]
+            # and is no reason to hold the next one
+            world.upstream.sends = None
+            again = await world.client()
+            assert (await asyncio.wait_for(again.ask(PULL, b"node 1"), 2))[0] == 200
+            for each in (client, again):
+                each.writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_breaks_off_is_broken_off() -> None:
+    """The SuperLink need not wait for the rest of what a node that went was sending."""
+
+    async def scenario() -> None:
+        async with _world() as world:
+            client = await world.client()
+            head = "POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n"
+            client.send("", b"x" * 200_000, head)
+            await _until(lambda: bool(world.upstream.heads))
+            client.writer.close()
+            await _until(lambda: world.upstream.broken_off == 1)
+            assert world.upstream.seen == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "",
+        "POST /v1/fleet/get-run HTTP/1.1\r\nhost:",
+        "POST /v1/fleet/get-run HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1",
+        f"POST {PULL} HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1",
+    ],
+)
+def test_a_peer_that_does_not_go_on_is_hung_up_on(sent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before, in and after the head, and on a connection that served a request already."""
+    monkeypatch.setattr(proxy, "IDLE_S", 0.2)
+
+    async def scenario() -> None:
+        async with _world() as world:
+            fresh, used = await world.client(), await world.client()
+            assert (await used.ask("/v1/fleet/get-fab"))[0] == 200
+            for each in (fresh, used):
+                each.send("", head=sent)
+                await asyncio.wait_for(each.reader.read(), 5)
+                each.writer.close()
+            assert len(world.upstream.seen) == 1
+
+    asyncio.run(scenario())
+
+
+def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too many is told to try again, which Flower's client does."""
+    monkeypatch.setattr(proxy, "_MAX_CONNECTIONS", 2)
+
+    async def scenario() -> None:
+        async with _world() as world:
+            first, second = await world.client(), await world.client()
+            assert (await first.ask("/v1/fleet/get-run"))[0] == 200
+            assert (await second.ask("/v1/fleet/get-run"))[0] == 503
+            for each in (first, second):
+                each.writer.close()
 
     asyncio.run(scenario())
 
@@ -212,9 +355,7 @@ def test_a_superlink_that_is_away_is_a_bad_gateway() -> None:
 
     async def scenario() -> None:
         fleet = FleetProxy(1, nothing)
-        await fleet.open("127.0.0.1", 0)
-        assert fleet._server is not None
-        port = fleet._server.sockets[0].getsockname()[1]
+        port = await fleet.open("127.0.0.1", 0)
         client = Client(*await asyncio.open_connection("127.0.0.1", port))
         assert (await client.ask("/v1/fleet/get-run", b"body"))[0] == 502
         client.writer.close()
@@ -226,20 +367,29 @@ def test_a_superlink_that_is_away_is_a_bad_gateway() -> None:
 
 
 def test_closing_ends_what_is_held() -> None:
-    """No task and no connection is left."""
+    """No task and no connection is left, and no message is fetched for a node that would not get it."""
 
     async def scenario() -> None:
         async with _world() as world:
-            client = await world.client()
+            client, idle = await world.client(), await world.client()
             await client.ask(PULL, b"node 1")
             held = asyncio.create_task(client.ask(PULL, b"node 1"))
             await asyncio.sleep(0.05)
-            await asyncio.wait_for(world.fleet.close(), 1)
-            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-                await held
-            client.writer.close()
+            await asyncio.wait_for(world.fleet.close(), 2)
+            assert await held == (503, b"")
+            assert await client.reader.read() == await idle.reader.read() == b""
+            assert len(world.upstream.seen) == 1
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+            for each in (client, idle):
+                each.writer.close()
 
     asyncio.run(scenario())
+
+
+def test_an_owners_machine_needs_no_uvicorn() -> None:
+    """It has the programs' commands from this package, and never listens."""
+    code = "import sys; sys.modules['uvicorn'] = None; import fedllm.relay.node, fedllm.relay.proxy"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("node", [1, 127, 128, 300, 2**32 + 5, 2**63 + 1, 2**64 - 1])
