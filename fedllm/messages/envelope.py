@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedllm import wire
-from fedllm.errors import ProtocolError, StepMismatch, VersionUnsupported
+from fedllm.errors import DecodeError, ProtocolError, StepMismatch, VersionUnsupported
 from fedllm.identity import SigningIdentity, VerifyKey
 from fedllm.ids import sha256
 
@@ -74,14 +74,25 @@ def unseal(data: bytes, key: VerifyKey, *, sender: str, receiver: str) -> Envelo
     """
     sealed = wire.decode(Sealed, data)
     key.verify(_CONTEXT, sealed.envelope, sealed.signature)
-    version = wire.peek_int(sealed.envelope, "version")
-    if version != ENVELOPE_VERSION:
-        raise VersionUnsupported(f"envelope version {version} found, {ENVELOPE_VERSION} spoken here")
-    envelope = wire.decode(Envelope, sealed.envelope)
+    envelope = _decode(sealed.envelope)
     if (envelope.sender, envelope.receiver) != (sender, receiver):
         raise StepMismatch(
             f"envelope from {envelope.sender!r} to {envelope.receiver!r}, {sender!r} to {receiver!r} expected"
         )
+    return envelope
+
+
+def _decode(data: bytes) -> Envelope:
+    try:
+        envelope = wire.decode(Envelope, data)
+        version = envelope.version
+    except DecodeError:
+        # perhaps of a release that knows other fields: then the version says more than the field; parsed twice only here
+        version = wire.peek_int(data, "version")
+        if version == ENVELOPE_VERSION:
+            raise
+    if version != ENVELOPE_VERSION:
+        raise VersionUnsupported(f"envelope version {version} found, {ENVELOPE_VERSION} spoken here")
     return envelope
 
 

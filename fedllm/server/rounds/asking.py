@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from fedllm import wire
 from fedllm.errors import FedllmError, PeerUnavailable, RoundAborted
-from fedllm.ids import OwnerId, sha256
+from fedllm.ids import Digest, OwnerId, sha256
 from fedllm.messages.envelope import COORDINATOR, ENVELOPE_VERSION, Envelope, request_id
 from fedllm.messages.round import Body, Pending, Refused, decode_body
 from fedllm.server.journal import StepRecord
@@ -118,12 +118,13 @@ class Phase(Generic[T]):
     async def ask(self, requests: Mapping[OwnerId, Body], *, end: float) -> None:
         """Ask the owners without an answer, again and again, until all have one, are out, or time is over."""
         c = self._context
-        encoded: dict[int, bytes] = {}  # most phases ask everybody the very same: it is encoded once
+        encoded: dict[int, tuple[bytes, Digest]] = {}  # most phases ask everybody the very same: it is encoded once
         for body in requests.values():
             if id(body) not in encoded:
-                encoded[id(body)] = wire.encode(body)
+                data = wire.encode(body)
+                encoded[id(body)] = (data, sha256(data))
         self._waiting = {
-            owner: self._envelope(owner, type(body).__name__, encoded[id(body)])
+            owner: self._envelope(owner, type(body).__name__, *encoded[id(body)])
             for owner, body in sorted(requests.items())
             if owner not in self.answers
         }
@@ -216,9 +217,9 @@ class Phase(Generic[T]):
         c = self._context
         c.progress(RoundEvent(c.name, c.number, c.state, owner, done, total))
 
-    def _envelope(self, owner: OwnerId, kind: str, data: bytes) -> Envelope:
+    def _envelope(self, owner: OwnerId, kind: str, data: bytes, digest: Digest) -> Envelope:
         c = self._context
-        request = request_id(c.plan.digest, kind, owner, sha256(data))
+        request = request_id(c.plan.digest, kind, owner, digest)
         return Envelope(ENVELOPE_VERSION, kind, c.name, c.number, COORDINATOR, owner, request, data)
 
 
