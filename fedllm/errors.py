@@ -27,6 +27,8 @@
     │   ├── KeysInvalid                   1    keys-invalid
     │   ├── LowOrderKey                   1    low-order-key
     │   ├── SharesUnopenable              1    shares-unopenable
+    │   ├── SetRefused                    1    set-refused
+    │   ├── SignaturesMissing             1    signatures-missing
     │   └── StepMismatch                  1    step-mismatch
     │       ├── RoundReplayed             1    round-replayed
     │       ├── RequestReused             1    request-reused
@@ -256,6 +258,18 @@ class SharesUnopenable(ProtocolError):
         self.dealers = dealers
 
 
+class SetRefused(ProtocolError):
+    """A set of owners (U1, U2, U3) is too small, not within the one before, or leaves out who is asked."""
+
+    code = "set-refused"
+
+
+class SignaturesMissing(ProtocolError):
+    """Consistency signatures are too few, listed twice, or of owners that are not survivors."""
+
+    code = "signatures-missing"
+
+
 class StepMismatch(ProtocolError):
     """A message belongs to another step, round or attempt than the one in progress."""
 
@@ -287,7 +301,7 @@ class PlanChanged(StepMismatch):
 
 
 class AlreadyUnmasked(StepMismatch):
-    """This owner has helped to open a sum with this update, and never masks that update again."""
+    """An owner has helped to open a sum with its update, and never masks that update again."""
 
     code = "already-unmasked"
 

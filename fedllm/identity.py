@@ -197,5 +197,5 @@ class Roster:
         try:
             table = json.loads(path.read_text(encoding="utf-8"))
             return cls.of({OwnerId(check_name(o, what="owner")): VerifyKey.parse(k) for o, k in table.items()})
-        except (json.JSONDecodeError, AttributeError, ValueError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is not a roster: {type(error).__name__}") from None

@@ -166,7 +166,7 @@ def _record_reader(cls: type) -> _Reader:
                 raise wrong.within(f".{name}") from None
         try:
             return cls(**fields)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ArithmeticError) as error:
             raise _WrongError(str(error)) from None
 
     return read

@@ -69,7 +69,7 @@ def read_offer(file: Path) -> Offer:
         raise NotFound(f"no join file {file}", hint="the operator makes it with 'fedllm owner join-file'")
     try:
         table: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise _wrong(file, "not JSON") from None
     if not isinstance(table, dict) or "fedllm_join" not in table:
         raise _wrong(file, "no key 'fedllm_join'")

@@ -47,7 +47,6 @@ from fedllm.messages.round import (
     Started,
     decode_body,
 )
-from fedllm.messages.secagg import PURPOSE_UPDATE
 from fedllm.privacy.ledger import Ledger
 from fedllm.relay.carrier import Reply
 from fedllm.rng import Rng
@@ -256,16 +255,16 @@ class Daemon:
 
     async def _retry(self, envelope: Envelope, body: Retry) -> Body:
         plan = self._opened(envelope, body.plan)
-        if plan.round == self._accepted.of(plan.federation) and self._answers.unmasked(PURPOSE_UPDATE):
+        if plan.round == self._accepted.of(plan.federation) and self._answers.unmasked:
             raise AlreadyUnmasked(
-                f"attempt {plan.attempt} at round {plan.round}: this owner has opened a sum with that update",
-                hint="an update is in one opened sum at most; plan a new round",
+                f"attempt {plan.attempt} at round {plan.round}: this owner has opened a sum of that round",
+                hint="an update, and scores, are in one opened sum at most; plan a new round",
             )
         going = self._active(envelope)
         if going.plan.digest != plan.digest:
             check_retry(plan, going.plan, self._policy, roster=self._roster, owner=self._owner)
             going.retry(plan, self._sums(plan))
-            self._out.forget()
+            self._out.retire()
             telemetry.event(_LOG, "attempt accepted", round=plan.round, attempt=plan.attempt, plan=plan.digest[:16])
         return going.answer(FetchAdvertise()).body
 
@@ -289,7 +288,7 @@ class Daemon:
         try:
             plan = kept.plan.open(self._coordinator)
             head = open_head(plan, kept.head)
-            if plan.round != self._accepted.of(plan.federation) or self._answers.unmasked(PURPOSE_UPDATE):
+            if plan.round != self._accepted.of(plan.federation) or self._answers.unmasked:
                 raise StepMismatch(f"round {plan.round} is over here")
             sums = self._sums(plan)
         except FedllmError as error:  # another coordinator, roster or release than before: nothing to go on with

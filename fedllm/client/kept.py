@@ -105,7 +105,7 @@ class UpdateStore:
                     float(facts["train_s"]),
                 )  # fmt: skip
                 return Kept(wire.decode(SignedPlan, arrays["plan"].tobytes()), arrays["head"].tobytes(), local)
-        except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile, FedllmError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, BadZipFile, FedllmError) as error:
             # without it this owner sits the round out, which loses nothing but the round
             telemetry.event(_LOG, "kept update is damaged", level=logging.WARNING, error=type(error).__name__)
             self.forget()
@@ -124,6 +124,11 @@ class Answers:
     ----------
     path : Path
 
+    Attributes
+    ----------
+    unmasked : bool
+        Whether this owner has helped to open a sum of this round, of either purpose.
+
     Raises
     ------
     IntegrityError
@@ -133,12 +138,12 @@ class Answers:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[tuple[str, str], str] = {}
-        self._unmasked: set[str] = set()
+        self.unmasked = False
         if path.exists():
             try:
                 for line in path.read_text(encoding="utf-8").splitlines():
                     self._learn(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise IntegrityError(
                     f"{path} is damaged", hint="restore it, or remove it once the round under way has ended"
                 ) from None
@@ -172,17 +177,13 @@ class Answers:
             raise unwritable(self._path, error) from None
         self._learn(entry)
 
-    def unmasked(self, purpose: str) -> bool:
-        """Whether this owner has helped to open a sum of this purpose in this round."""
-        return purpose in self._unmasked
-
     def clear(self) -> None:
         """Begin a new round: no step of the one before can be asked any more, its number was accepted."""
         self._path.unlink(missing_ok=True)
         self._known.clear()
-        self._unmasked.clear()
+        self.unmasked = False
 
     def _learn(self, entry: dict[str, Any]) -> None:
         self._known[str(entry["sum"]), str(entry["step"])] = str(entry["asked"])
         if entry["step"] == _UNMASK:
-            self._unmasked.add(str(entry["purpose"]))
+            self.unmasked = True

@@ -44,6 +44,7 @@ class Outbox:
         self._identity = identity
         self._audit = audit
         self._answered: dict[bytes, tuple[Digest, Reply]] = {}
+        self._stale: set[bytes] = set()
 
     def leave(self, request: Envelope, answer: Answer) -> Reply:
         """Seal a reply, write it down and remember it.
@@ -70,8 +71,10 @@ class Outbox:
         Raises
         ------
         RequestReused
-            If its id was used for another request before.
+            If its id was used for another request before, or in an attempt that is over.
         """
+        if request.request in self._stale:
+            raise RequestReused("a request of an attempt that is over came again")
         found = self._answered.get(request.request)
         if found is None:
             return None
@@ -81,8 +84,17 @@ class Outbox:
         self._audit.sent("again", request.round, reply)
         return reply
 
+    def retire(self) -> None:
+        """Forget the answers of an attempt that is over, but not that they were given.
+
+        Who kept a copy of a request of it could else have it answered as one of the next.
+        """
+        self._stale |= set(self._answered)
+        self._answered.clear()
+
     def forget(self) -> None:
-        """Forget what was answered: the round, or the attempt, is over."""
+        """Forget what was answered: the round is over, and its number is refused."""
+        self._stale.clear()
         self._answered.clear()
 
     def refuse(self, request: Envelope, error: FedllmError) -> Reply:

@@ -95,7 +95,7 @@ class LastAccepted:
         if path.exists():
             try:
                 self._rounds = {str(k): int(v) for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
-            except (ValueError, AttributeError, TypeError):
+            except (ValueError, AttributeError, TypeError, OverflowError, RecursionError):
                 raise IntegrityError(
                     f"{path} is damaged", hint="restore it; without it an old round could be replayed to this owner"
                 ) from None

@@ -178,6 +178,8 @@ class OwnerRound:
 
     def retry(self, plan: RoundPlan, sums: OwnerSums) -> None:
         """Go on to the next attempt at the sum of the same update; the secrets of the one before are overwritten."""
+        if self._scoring is not None:
+            raise StepMismatch("a candidate was scored in this round: its sum of updates was opened, by what it says")
         self._sums.close()
         self.plan, self._sums = plan, sums
 

@@ -87,7 +87,7 @@ def _decode(data: bytes) -> Envelope:
         envelope = wire.decode(Envelope, data)
         version = envelope.version
     except DecodeError:
-        # perhaps of a release that knows other fields: then the version says more than the field; parsed twice only here
+        # perhaps of a release that has other fields: then its version says more than what field is wrong
         version = wire.peek_int(data, "version")
         if version == ENVELOPE_VERSION:
             raise

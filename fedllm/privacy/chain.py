@@ -81,7 +81,7 @@ def read_line(data: bytes, line: int) -> Entry:
         if kind == "reserve":
             Mechanism(**fields["mechanism"])
         return Entry(line, kind, body["at"], fields, Digest(body["prev"]), sha256(data), _canonical(body), signature)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise LedgerCorrupt(
             f"ledger line {line} is not an entry ({type(error).__name__})",
             hint="the file was changed by something else than fedllm; restore it, do not begin a new one",
@@ -127,7 +127,7 @@ def salvage(torn: bytes) -> dict[str, Any] | None:
         if set(fields) != FIELDS["reserve"]:
             return None
         Mechanism(**fields["mechanism"])
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     return dict(fields)
 

@@ -82,7 +82,10 @@ class Assembly:
         """
         tag = str(header["tag"])
         if header["op"] == "reply" and self._tag is None:
-            self._tag, self._head, self._missing = tag, blob, int(header["parts"])
+            parts = header.get("parts")
+            if type(parts) is not int:
+                raise DecodeError("a reply's number of parts is no number")
+            self._tag, self._head, self._missing = tag, blob, parts
             if not 0 <= self._missing <= MAX_PARTS:
                 raise DecodeError(f"a reply of {self._missing} parts, at most {MAX_PARTS} allowed")
         elif header["op"] == "part" and self._tag == tag:

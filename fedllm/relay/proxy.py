@@ -125,6 +125,8 @@ class FleetProxy:
                 f"another program listens on {host}:{port}, or the address is not ours ({error.strerror})",
                 hint="choose another flower_port",
             ) from None
+        # accepted sockets inherit it; a body that follows its head would wait 40 ms for an acknowledgement
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         # a new connection for each request: on a kept one it could be lost, and be owed a repetition
         limits = httpx.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=0)
         self._client = httpx.AsyncClient(trust_env=False, verify=False, timeout=IDLE_S, limits=limits)  # noqa: S501
@@ -189,6 +191,9 @@ class FleetProxy:
         except OSError:
             await _refuse(send, 408)  # the node went, or does not go on
             return
+        except asyncio.CancelledError:
+            await _refuse(send, 503)  # uvicorn has done waiting, and would send what is not tried again
+            return
         received = await self._pass_back(response, send)
         if node is not None and received is not None and response.status_code == httpx.codes.OK:
             # the body names the node; an answer of no bytes is an answer without messages
@@ -208,7 +213,7 @@ class FleetProxy:
                 async with asyncio.timeout(IDLE_S):
                     await send({"type": "http.response.body", "body": block, "more_body": True})
             await send({"type": "http.response.body", "body": b""})
-        except (httpx.HTTPError, TimeoutError) as error:
+        except (httpx.HTTPError, TimeoutError, asyncio.CancelledError) as error:
             # the response stays unfinished, so uvicorn ends the connection
             telemetry.event(_LOG, "connection ended", level=logging.DEBUG, error=type(error).__name__)
             return None
@@ -251,7 +256,10 @@ def _server(app: Callable[..., Awaitable[None]]) -> uvicorn.Server:
 
 
 async def _sweep(server: uvicorn.Server) -> None:
-    """Hang up where no request came for `IDLE_S`: uvicorn waits without end for the rest of a head."""
+    """Hang up where no request came for `IDLE_S`, or the last bytes are not read.
+
+    uvicorn waits without end for the rest of a head, and asyncio for a peer that reads.
+    """
     from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
     before: dict[H11Protocol, RequestResponseCycle | None] = {}
@@ -259,8 +267,10 @@ async def _sweep(server: uvicorn.Server) -> None:
         await asyncio.sleep(IDLE_S)
         idle: dict[H11Protocol, RequestResponseCycle | None] = {}
         for each in server.server_state.connections:
-            if isinstance(each, H11Protocol) and (each.cycle is None or each.cycle.response_complete):
+            if not isinstance(each, H11Protocol):
+                continue
+            if each.cycle is None or each.cycle.response_complete or each.transport.is_closing():
                 idle[each] = each.cycle
                 if each in before and before[each] is each.cycle:
-                    each.transport.close()
+                    each.transport.abort()
         before = idle

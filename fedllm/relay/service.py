@@ -15,7 +15,7 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ UNHURRIED = (("grpc.http2.bdp_probe", 0),)
 """On a unix socket a window of 64 KiB is as fast as any; without this, gRPC grows it to megabytes of read-ahead."""
 UNLIMITED = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
+MAX_REQUEST = 256 << 20
+"""Bytes of the largest request that a daemon reads, an adapter of 64 million parameters in it."""
+MAX_CALLS = 16
+"""Requests that are served at once; with `MAX_REQUEST` it bounds what a hostile relay can make a daemon hold."""
 MAX_HEAD = 64 << 20
 """Bytes of the largest head that is taken from an owner."""
 MAX_PART = (4 << 20) + 4096
@@ -111,7 +115,8 @@ async def serve_deliver(path: Path, deliver: Deliver) -> EnvelopeServer:
                 await context.write(part)
 
     method = grpc.unary_stream_rpc_method_handler(handle, _identity, _identity)
-    return await _serve(path, "Deliver", method)
+    limits = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", MAX_REQUEST))
+    return await _serve(path, "Deliver", method, limits)
 
 
 async def serve_link(path: Path, link: LinkHandler) -> EnvelopeServer:
@@ -121,12 +126,12 @@ async def serve_link(path: Path, link: LinkHandler) -> EnvelopeServer:
         await link(frames, context.write)
 
     method = grpc.stream_stream_rpc_method_handler(handle, _identity, _identity)
-    return await _serve(path, "Link", method)
+    return await _serve(path, "Link", method, UNLIMITED)
 
 
-async def _serve(path: Path, name: str, method: Any) -> EnvelopeServer:
+async def _serve(path: Path, name: str, method: Any, limits: Iterable[tuple[str, int]]) -> EnvelopeServer:
     prepare_socket(path)
-    server = grpc.aio.server(options=(*UNLIMITED, *UNHURRIED))
+    server = grpc.aio.server(options=(*limits, *UNHURRIED), maximum_concurrent_rpcs=MAX_CALLS)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {name: method}),))
     server.add_insecure_port(f"unix:{path}")
     await server.start()

@@ -17,7 +17,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import SECP256R1, EllipticCurvePrivateKey, EllipticCurvePublicKey
 from cryptography.hazmat.primitives.asymmetric.ec import generate_private_key as generate_ec_key
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -42,6 +42,10 @@ MAX_PEM_BYTES = 8192
 _VALID = timedelta(days=3653)
 _SKEW = timedelta(days=1)
 """The two ends' clocks may differ by so much."""
+_UNREADABLE = (
+    ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion, x509.ExtensionNotFound, x509.DuplicateExtension,
+)  # fmt: skip
+"""What bytes that are not such a certificate can make the library raise."""
 _ONE_BLOCK = re.compile(rb"\s*-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----\s*")
 _USAGE = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
 
@@ -185,7 +189,7 @@ def parse_certificate(data: bytes, clock: Clock, *, source: str) -> Certificate:
         found.verify_directly_issued_by(found)
     except InvalidSignature:
         raise _wrong(source, "it is not signed by its own key") from None
-    except (ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension) as error:
+    except _UNREADABLE as error:
         why = str(error) if isinstance(error, _OddError) else f"it cannot be read ({type(error).__name__})"
         raise _wrong(source, why) from None
     begins, ends = found.not_valid_before_utc.timestamp(), found.not_valid_after_utc.timestamp()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedllm.errors import FedllmError
+from fedllm.errors import DigestMismatch, FedllmError
 from fedllm.ids import OwnerId
 
 
@@ -58,9 +58,13 @@ class Blame:
         return self._wrong.keys() | self._shares.keys()
 
     def wrong(self, owner: OwnerId, error: FedllmError) -> None:
-        """Note a message that nobody who follows the protocol sends."""
+        """Note a message that nobody who follows the protocol sends.
+
+        Chunks that are not what a signed head names may have been changed by whoever carried them: that proves nothing.
+        """
         self._wrong.setdefault(owner, f"{error.code}: {error.message}")
-        self.proven.add(owner)
+        if not isinstance(error, DigestMismatch):
+            self.proven.add(owner)
 
     def share(self, holder: OwnerId, dealer: OwnerId, what: str) -> None:
         """Note a share off its dealer's polynomial."""
@@ -68,6 +72,10 @@ class Blame:
         dealers.setdefault(dealer, what)
         if len(dealers) > self._colluders:
             self.proven.add(holder)
+
+    def unopened(self, dealer: OwnerId, what: str) -> None:
+        """Note a secret that no t of its shares open: its dealer dealt them wrong, or too many holders are wrong."""
+        self._wrong.setdefault(dealer, f"no shares of its {what} open what it committed to")
 
     def complain(self, owner: OwnerId, dealers: Sequence[OwnerId]) -> None:
         """Note that shares of these dealers did not open at `owner`."""

@@ -339,6 +339,7 @@ class SecAggCoordinator:
         try:
             secret, wrong = recover(by_point, t.threshold, accepted, colluders=t.colluders)
         except IntegrityError as error:
+            self._blame.unopened(dealer, what)
             raise RoundAborted(f"the {what} of {dealer!r} cannot be opened: {error.message}") from None
         for point in wrong:
             self._blame.share(t.cohort[point - 1], dealer, what)

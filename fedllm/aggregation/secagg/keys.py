@@ -139,17 +139,15 @@ def check_form(purpose: str, bundle: KeyBundle, cohort: Container[OwnerId]) -> N
 
     Raises
     ------
-    ProtocolError
-        If purpose or membership is wrong.
     KeysInvalid
-        If a key is not of 32 bytes.
+        If purpose or membership is wrong, or a key is not of 32 bytes.
     LowOrderKey
         If a key is a point of low order.
     """
     if bundle.owner not in cohort:
-        raise ProtocolError(f"keys of {bundle.owner!r}, who is not in the plan's cohort")
+        raise KeysInvalid(f"keys of {bundle.owner!r}, who is not in the plan's cohort")
     if bundle.purpose != purpose:
-        raise ProtocolError(f"keys of {bundle.owner!r} are for the sum {bundle.purpose!r}, {purpose!r} expected")
+        raise KeysInvalid(f"keys of {bundle.owner!r} are for the sum {bundle.purpose!r}, {purpose!r} expected")
     if len(bundle.cipher_key) != KEY_BYTES or len(bundle.mask_key) != KEY_BYTES:
         raise KeysInvalid(f"keys of {bundle.owner!r} are not of {KEY_BYTES} bytes")
     if _low_order(bundle.cipher_key) or _low_order(bundle.mask_key):

@@ -120,19 +120,19 @@ def check_chunks(head: MaskedVector, chunks: Sequence[bytes]) -> None:
     Raises
     ------
     DecodeError
-        If number or sizes are wrong.
+        If the head names another number of chunks: whoever signed it is wrong.
     DigestMismatch
-        If a chunk is not what the head says.
+        If a chunk is missing, too many, or not what the head says: it may have been changed on the way.
     """
     sizes = [head.entry_bytes * (stop - start) for start, stop in _cuts(head.entries, head.entry_bytes)]
     found = [len(chunk) for chunk in chunks]
+    if len(head.chunks) != len(sizes):
+        raise DecodeError(f"a masked vector's head names {len(head.chunks)} chunks, {len(sizes)} expected")
     if found != sizes:
-        raise DecodeError(
+        raise DigestMismatch(
             f"packed vector of {len(found)} chunks and {sum(found)} bytes, "
             f"{len(sizes)} chunks and {sum(sizes)} bytes expected"
         )
-    if len(head.chunks) != len(sizes):
-        raise DecodeError(f"a masked vector's head names {len(head.chunks)} chunks, {len(sizes)} expected")
     for index, (chunk, digest) in enumerate(zip(chunks, head.chunks, strict=True)):
         if hashlib.sha256(chunk).digest() != digest:
             raise DigestMismatch(f"chunk {index} of the masked vector of {head.owner!r} is not the one its head names")

@@ -23,8 +23,10 @@ from fedllm.errors import (
     KeysInvalid,
     ProtocolError,
     RosterMismatch,
+    SetRefused,
     SharesUnopenable,
     SignatureInvalid,
+    SignaturesMissing,
     TwoViews,
 )
 from fedllm.identity import Roster, SigningIdentity
@@ -154,11 +156,12 @@ class SecAggOwner:
         SignatureInvalid
             If a pinned identity did not sign its bundle for this very plan and purpose.
         KeysInvalid
-            If a bundle or key is listed twice, a key has another size, or this owner's own was changed.
+            If a bundle or key is listed twice, is from outside the cohort or of another sum, a key has another size, or
+            this owner's own was changed.
         LowOrderKey
             If a key is a point of low order.
-        ProtocolError
-            If a bundle is from outside the cohort or of another sum, or U1 (or what it has of the picks) is too small.
+        SetRefused
+            If U1, or what it has of the picks, is too small.
         TwoViews
         """
         ordered = tuple(sorted(bundles, key=lambda b: b.owner))
@@ -225,7 +228,7 @@ class SecAggOwner:
         Raises
         ------
         ProtocolError
-            If the delivery is malformed or too small.
+            If the values or the delivery are malformed, or U2 is too small (`SetRefused`).
         SharesUnopenable
             If shares do not open; it names all their dealers. The step stays open.
         SignatureInvalid
@@ -290,10 +293,10 @@ class SecAggOwner:
         t.check_purpose(delivery.purpose)
         t.check_set(delivery.sharers, self._peers, what="sharers (U2)")
         if self._owner not in delivery.sharers:
-            raise ProtocolError(f"the sharers (U2) do not name {self._owner!r}, who shared")
+            raise SetRefused(f"the sharers (U2) do not name {self._owner!r}, who shared")
         dealers, others = set(delivery.ciphertexts), set(delivery.sharers) - {self._owner}
         if not dealers <= others or (t.complete and dealers != others):
-            raise ProtocolError("sealed shares are not from exactly the other sharers (U2)")
+            raise SetRefused("sealed shares are not from exactly the other sharers (U2)")
         t.check_picks(self._picks, delivery.sharers, what="sharers (U2)")
 
     def complaint(self, dealers: Sequence[str]) -> Complaint:
@@ -305,7 +308,7 @@ class SecAggOwner:
 
         Raises
         ------
-        ProtocolError
+        SetRefused
             If U3 is too small, not within U2, leaves out this owner, or has too few of its neighbours.
         TwoViews
             If another set was signed before.
@@ -317,7 +320,7 @@ class SecAggOwner:
             t = self._terms
             t.check_set(ordered, self._sharers, what="survivors (U3)")
             if self._owner not in ordered:
-                raise ProtocolError(f"the survivors (U3) do not name {self._owner!r}, who sent its masked vector")
+                raise SetRefused(f"the survivors (U3) do not name {self._owner!r}, who sent its masked vector")
             t.check_picks(self._picks, ordered, what="survivors (U3)")
             label, message = keys.survivors_message(t.ctx, self._v1, self._sharers, ordered, self._subject)
             signature = self._identity.sign(label, message)
@@ -335,7 +338,7 @@ class SecAggOwner:
             If this owner signed another set, or answered another request before.
         SignatureInvalid
             If a signature is not over this U3 (and the U2 and keys seen here).
-        ProtocolError
+        SignaturesMissing
             If fewer than t members of U3 signed (on a sparse graph: t of this owner's neighbours), or one is listed
             twice.
         """
@@ -362,11 +365,11 @@ class SecAggOwner:
             raise TwoViews("the unmask request names another survivor set than the one signed here")
         signers = {signature.owner for signature in request.signatures}
         if len(signers) != len(request.signatures) or not signers <= set(request.survivors):
-            raise ProtocolError("consistency signatures are not from distinct survivors")
+            raise SignaturesMissing("consistency signatures are not from distinct survivors")
         counted = signers if t.complete else signers & set(self._picks)
         if len(counted) < t.threshold:
             whose = "" if t.complete else " of this owner's neighbours"
-            raise ProtocolError(f"{len(counted)} consistency signatures{whose}, at least {t.threshold} are needed")
+            raise SignaturesMissing(f"{len(counted)} consistency signatures{whose}, at least {t.threshold} are needed")
         label, message = keys.survivors_message(t.ctx, self._v1, self._sharers, request.survivors, self._subject)
         for signature in request.signatures:
             t.check_purpose(signature.purpose)

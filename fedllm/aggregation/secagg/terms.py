@@ -9,7 +9,7 @@ from functools import cached_property
 from fedllm.aggregation.fixedpoint import RING_BITS
 from fedllm.aggregation.secagg import graph
 from fedllm.aggregation.secagg.keys import context
-from fedllm.errors import CohortRefused, ConfigError, ProtocolError, RosterMismatch, ThresholdRefused
+from fedllm.errors import ConfigError, ProtocolError, RosterMismatch, SetRefused, ThresholdRefused
 from fedllm.identity import Roster
 from fedllm.ids import OwnerId
 from fedllm.messages.plan import RoundPlan, honest_threshold
@@ -53,9 +53,7 @@ class SumTerms:
         Raises
         ------
         RosterMismatch
-            If the plan's roster is not the one pinned here.
-        CohortRefused
-            If the cohort names somebody who is not in it.
+            If the plan's roster is not the one pinned here, or the cohort names somebody who is not in it.
         ThresholdRefused
             If k and t protect less than they must (`graph.check`), or fewer than three survivors would publish.
         ConfigError
@@ -69,7 +67,7 @@ class SumTerms:
             )
         strangers = sorted(set(plan.cohort) - {member.owner for member in roster.members})
         if strangers:
-            raise CohortRefused(f"the plan's cohort names {strangers[0]!r}, who is not in the pinned roster")
+            raise RosterMismatch(f"the plan's cohort names {strangers[0]!r}, who is not in the pinned roster")
         graph.check(n, plan.neighbours, plan.threshold, plan.corruption, plan.dropout)
         if not MIN_PUBLISHED <= plan.min_survivors <= n:
             raise ThresholdRefused(
@@ -114,17 +112,17 @@ class SumTerms:
             raise ProtocolError(f"a message for the sum {purpose!r}, {self.purpose!r} expected")
 
     def check_set(self, owners: Sequence[OwnerId], within: Collection[OwnerId], *, what: str) -> None:
-        """Raise `ProtocolError` unless `owners` is sorted, unique, within the set before, and large enough."""
+        """Raise `SetRefused` unless `owners` is sorted, unique, within the set before, and large enough."""
         if list(owners) != sorted(set(owners)):
-            raise ProtocolError(f"{what} are not sorted and unique")
+            raise SetRefused(f"{what} are not sorted and unique")
         extra = sorted(set(owners) - set(within))
         if extra:
-            raise ProtocolError(f"{what} name {extra[0]!r}, who was not in the step before")
+            raise SetRefused(f"{what} name {extra[0]!r}, who was not in the step before")
         if len(owners) < self.floor:
-            raise ProtocolError(f"{what} are {len(owners)} owners, at least {self.floor} are needed")
+            raise SetRefused(f"{what} are {len(owners)} owners, at least {self.floor} are needed")
 
     def check_picks(self, picks: Collection[OwnerId], owners: Collection[OwnerId], *, what: str) -> None:
-        """Raise `ProtocolError` on a sparse graph unless t of an owner's picks are in the set."""
+        """Raise `SetRefused` on a sparse graph unless t of an owner's picks are in the set."""
         found = len(set(picks) & set(owners))
         if not self.complete and found < self.threshold:
-            raise ProtocolError(f"{what} hold {found} of this owner's neighbours, at least {self.threshold} are needed")
+            raise SetRefused(f"{what} hold {found} of this owner's neighbours, at least {self.threshold} are needed")

@@ -11,6 +11,7 @@ from secagg_world import MANY, NAMES, World
 from fedllm.aggregation.plain import plain_sum
 from fedllm.errors import ProtocolError, RoundAborted, SignatureInvalid
 from fedllm.messages.secagg import UnmaskRequest
+from fedllm.rng import SeededRng
 
 EAST = NAMES[0]
 N, K, T = 12, 6, 4
@@ -84,13 +85,11 @@ def test_an_owner_refuses_to_mask_confirm_or_unmask_with_too_few_of_its_picks() 
 
 def test_keys_are_verified_of_whom_it_deals_to_and_of_who_dealt_to_it() -> None:
     """A forged bundle of a stranger passes at first, and is found when the stranger turns out to be a dealer."""
-    world = sparse_world()
+    world = World(N, graph=(K, T), rng=SeededRng("dealers"))
     bundles = world.advertise()
     messages = {n: world.owners[n].share_keys(bundles) for n in world.names if n != EAST}
     picked = world.owners[EAST]._pick()
-    dealer = next((n for n in messages if EAST in messages[n].ciphertexts and n not in picked), None)
-    if dealer is None:
-        pytest.skip("everybody who dealt to east was picked by it: six of eleven, twice, about once in 462")
+    dealer = next(n for n in messages if EAST in messages[n].ciphertexts and n not in picked)
     forged = [dataclasses.replace(b, signature=bytes(64)) if b.owner == dealer else b for b in bundles]
     messages[EAST] = world.owners[EAST].share_keys(forged)
     delivery = world.coordinator.shared(messages)[EAST]
@@ -112,7 +111,7 @@ def test_only_neighbours_share_masks_and_only_those_are_taken_out() -> None:
 
 def test_who_has_too_few_holders_left_is_left_out_of_the_sharers() -> None:
     """Its secrets could not be opened if it were lost; it gets no delivery and no blame."""
-    world = World(30, graph=(8, 5))
+    world = World(30, graph=(8, 5), rng=SeededRng("alone"))  # other draws may leave others alone, too, and abort
     bundles = world.advertise()
     messages = {n: world.owners[n].share_keys(bundles) for n in world.names}
     for lost in world.owners[EAST]._picks[:4]:

@@ -256,13 +256,12 @@ def test_answers_outlive_the_process_and_are_given_once(tmp_path: Path) -> None:
         answers.once("update", b"another sum", "confirm", other)
         with pytest.raises(TwoViews):
             answers.once("update", b"sum", "confirm", other)
-        assert not answers.unmasked("update")
+        assert not answers.unmasked
     Answers(path).once("update", b"sum", "unmask", asked)
     restarted = Answers(path)
-    assert restarted.unmasked("update")
-    assert not restarted.unmasked("evaluation")
+    assert restarted.unmasked
     restarted.clear()
-    assert not Answers(path).unmasked("update")
+    assert not Answers(path).unmasked
 
 
 def test_a_damaged_record_of_answers_stops_the_daemon(tmp_path: Path) -> None:
