@@ -140,7 +140,7 @@ def test_chunks_are_cut_in_one_way(chunks: tuple[bytes, ...]) -> None:
     """Two 3-byte entries are one chunk of six bytes and nothing else, and its head names it."""
     head = MaskedVector(EAST, "update", 2, 3, digests_of([bytes(6)]))
     check_chunks(head, (bytes(6),))
-    with pytest.raises(DecodeError, match="1 chunks and 6 bytes expected"):
+    with pytest.raises(DigestMismatch, match="1 chunks and 6 bytes expected"):
         check_chunks(head, chunks)
     with pytest.raises(DigestMismatch, match=r"chunk 0 .* of 'east'"):
         check_chunks(head, (bytes(5) + b"\x01",))

@@ -175,7 +175,7 @@ def test_policy_refusals_have_codes_of_their_own() -> None:
         with pytest.raises(error):
             world.owner(EAST, plan=make_plan(world.names, **changes))
     strangers = make_plan((*world.names, OwnerId("sybil")), roster=world.roster.digest)
-    with pytest.raises(CohortRefused, match="'sybil', who is not in the pinned roster"):
+    with pytest.raises(RosterMismatch, match="'sybil', who is not in the pinned roster"):
         world.owner(EAST, plan=strangers)
     with pytest.raises(CohortRefused, match="does not name 'yard'"):
         world.owner(OwnerId("yard"))

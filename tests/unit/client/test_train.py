@@ -19,7 +19,7 @@ from fedllm.client.train import LoraTrainer
 from fedllm.client.trainer import Trainer
 from fedllm.errors import AdapterInvalid, BaseMismatch, ConfigError, IntegrityError, PolicyRefused
 from fedllm.ids import Digest, OwnerId, RoundNumber
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism, Recipe, Ring, RoundPlan
+from fedllm.messages.plan import PLAN_VERSION, RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism, Recipe, Ring, RoundPlan
 from fedllm.rng import SeededRng
 
 BASE = Digest("ab" * 32)
@@ -32,9 +32,12 @@ def plan(recipe: Recipe, mechanism: Mechanism, head: AdapterState, *owners: Owne
     """Return a plan for some owners (one by default), as far as a trainer reads it."""
     cohort = owners or (EAST,)
     return RoundPlan(
-        1, "tools", RoundNumber(1), bytes(32), cohort, 1, 1, Digest("0" * 64), head.spec, head.digest, None,
-        head.spec.layout(("B",)).digest, "ffa", dict.fromkeys(cohort, 1.0), dict.fromkeys(cohort, 40), recipe,
-        mechanism, Ring(24, 16, 4.0), 60.0, 60.0,
+        version=PLAN_VERSION, federation="tools", round=RoundNumber(1), attempt=1, nonce=bytes(32), cohort=cohort,
+        threshold=1, neighbours=len(cohort) - 1, corruption=0.05, dropout=0.05, min_survivors=1,
+        roster=Digest("0" * 64), spec=head.spec, head=head.digest, head_version=None,
+        layout=head.spec.layout(("B",)).digest, method="ffa", weights=dict.fromkeys(cohort, 1.0),
+        declared_records=dict.fromkeys(cohort, 40), recipe=recipe, mechanism=mechanism, ring=Ring(24, 16, 4.0),
+        train_deadline_s=60.0, phase_deadline_s=60.0,
     )  # fmt: skip
 
 

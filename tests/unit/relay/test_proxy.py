@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import gzip
 import os
+import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesRequest
@@ -62,26 +63,30 @@ class Client:
 
     async def last(self) -> int:
         """Return the status of a response after which the connection ends."""
-        answer = await asyncio.wait_for(self.reader.read(), 5)
-        return int(answer.split(b" ")[1])
+        return int((await asyncio.wait_for(self.reader.read(), 5)).split(b" ")[1])
 
-    async def ask(self, path: str, body: bytes = b"", head: str | None = None) -> tuple[int, bytes]:
+    async def ask(self, path: str, body: bytes = b"") -> tuple[int, bytes]:
         """Return status and body of the response."""
-        self.send(path, body, head)
+        self.send(path, body)
         answer = await self.reader.readuntil(b"\r\n\r\n")
         length = int(answer.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
         return int(answer.split(b" ")[1]), await self.reader.readexactly(length)
 
 
+@dataclass
 class World:
     """A proxy between an upstream and clients."""
 
-    def __init__(self, upstream: Upstream, fleet: FleetProxy, port: int, asked: list[bytes]) -> None:
-        self.upstream, self.fleet, self.port, self.asked = upstream, fleet, port, asked
+    upstream: Upstream
+    fleet: FleetProxy
+    port: int
+    asked: list[bytes]
+    clients: list[Client] = field(default_factory=list)
 
     async def client(self) -> Client:
         """Connect."""
-        return Client(*await asyncio.open_connection("127.0.0.1", self.port))
+        self.clients.append(Client(*await asyncio.open_connection("127.0.0.1", self.port)))
+        return self.clients[-1]
 
 
 async def _until(condition: Callable[[], bool]) -> None:
@@ -90,37 +95,45 @@ async def _until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-@asynccontextmanager
-async def _world() -> AsyncIterator[World]:
-    upstream, asked = Upstream(), []
-    server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
+def _run(scenario: Callable[[World], Awaitable[None]]) -> None:
+    """Run a test in a world of its own."""
 
-    async def on_asked(body: bytes) -> None:
-        asked.append(body)
+    async def main() -> None:
+        upstream, asked = Upstream(), []
+        server = await asyncio.start_server(upstream.serve, "127.0.0.1", 0)
 
-    fleet = FleetProxy(server.sockets[0].getsockname()[1], on_asked)
-    port = await fleet.open("127.0.0.1", 0)
-    try:
-        yield World(upstream, fleet, port, asked)
-    finally:
-        await fleet.close()
-        server.close()
+        async def on_asked(body: bytes) -> None:
+            asked.append(body)
+
+        fleet = FleetProxy(server.sockets[0].getsockname()[1], on_asked)
+        world = World(upstream, fleet, await fleet.open("127.0.0.1", 0), asked)
+        try:
+            await scenario(world)
+        finally:
+            for client in world.clients:
+                client.writer.close()
+            await fleet.close()
+            server.close()
+
+    asyncio.run(main())
 
 
 def test_a_request_to_the_fleet_api_passes_unchanged() -> None:
     """Bodies of many blocks both ways, headers, and a second request on the same connection."""
 
-    async def scenario() -> None:
-        async with _world() as world:
-            body, world.upstream.answer = os.urandom(3_000_000), os.urandom(2_000_000)
-            client = await world.client()
-            for path in ("/v1/fleet/push-object", "/v1/fleet/get-fab"):
-                assert await client.ask(path, body) == (200, world.upstream.answer)
-                assert world.upstream.seen[-1] == (path, body)
-            assert b"flwr-signature: s\r\n" in world.upstream.heads[0]
-            client.writer.close()
+    async def scenario(world: World) -> None:
+        body, world.upstream.answer = os.urandom(3_000_000), os.urandom(2_000_000)
+        client = await world.client()
+        for path in ("/v1/fleet/push-object", "/v1/fleet/get-fab"):
+            assert await client.ask(path, body) == (200, world.upstream.answer)
+            assert world.upstream.seen[-1] == (path, body)
+        assert b"flwr-signature: s\r\n" in world.upstream.heads[0]
+        # with Nagle's algorithm each answer would wait for an acknowledgement
+        assert world.fleet._server is not None
+        (connection,) = world.fleet._server.server_state.connections
+        assert connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 REFUSED = [
@@ -152,98 +165,77 @@ REFUSED = [
 def test_nothing_else_reaches_the_superlink() -> None:
     """Neither the APIs that start code, nor a head on whose meaning two servers could differ."""
 
-    async def scenario() -> None:
-        async with _world() as world:
-            for status, line, headers in REFUSED:
-                client = await world.client()
-                client.send("", head=f"{line}\r\nhost: x\r\n{headers}\r\n\r\n")
-                assert await client.last() == status, (line, headers)
-                client.writer.close()
-            assert world.upstream.heads == []
-
-    asyncio.run(scenario())
-
-
-def test_a_head_without_end_is_not_kept() -> None:
-    """Memory of a connection is bounded before anybody is known to be there."""
-
-    async def scenario() -> None:
-        async with _world() as world:
+    async def scenario(world: World) -> None:
+        for status, line, headers in REFUSED:
             client = await world.client()
-            client.send("", head="POST /v1/fleet/get-run HTTP/1.1\r\nx: " + "y" * 40_000)
-            assert await client.last() == 400
-            client.writer.close()
+            client.send("", head=f"{line}\r\nhost: x\r\n{headers}\r\n\r\n")
+            assert await client.last() == status, (line, headers)
+        assert world.upstream.heads == []
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 def test_headers_pass_both_ways_except_those_of_one_connection() -> None:
     """Nothing is added, and what is compressed stays compressed."""
 
-    async def scenario() -> None:
-        async with _world() as world:
-            world.upstream.answer = gzip.compress(b"message")
-            world.upstream.headers = b"content-encoding: gzip\r\nkeep-alive: timeout=5\r\nx-answer: yes\r\n"
-            client = await world.client()
-            client.send("", head=(
-                "POST /v1/fleet/get-run HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nFlwr-Signature: S\r\n"
-                "Connection: X-Hop, close\r\nX-Hop: 1\r\nKeep-Alive: 5\r\nTE: trailers\r\nUpgrade: h2c\r\n"
-                "Expect: 100-continue\r\n\r\n"
-            ))  # fmt: skip
-            assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-            head, _, body = (await asyncio.wait_for(client.reader.read(), 5)).partition(b"\r\n\r\n")
-            assert body == world.upstream.answer
-            length = b"content-length: %d" % len(body)
-            assert sorted(head.lower().split(b"\r\n")) == [
-                b"connection: close", b"content-encoding: gzip", length, b"http/1.1 200 ok", b"x-answer: yes"
-            ]  # fmt: skip
-            (passed,) = world.upstream.heads
-            assert sorted(passed.lower().split(b"\r\n")) == [
-                b"", b"", b"content-length: 0", b"flwr-signature: s", b"host: x", b"post /v1/fleet/get-run http/1.1"
-            ]  # fmt: skip
-            client.writer.close()
+    async def scenario(world: World) -> None:
+        world.upstream.answer = gzip.compress(b"message")
+        world.upstream.headers = b"content-encoding: gzip\r\nkeep-alive: timeout=5\r\nx-answer: yes\r\n"
+        client = await world.client()
+        client.send("", head=(
+            "POST /v1/fleet/get-run HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nFlwr-Signature: S\r\n"
+            "Connection: X-Hop, close\r\nX-Hop: 1\r\nKeep-Alive: 5\r\nTE: trailers\r\nUpgrade: h2c\r\n"
+            "Expect: 100-continue\r\n\r\n"
+        ))  # fmt: skip
+        assert await client.reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+        head, _, body = (await asyncio.wait_for(client.reader.read(), 5)).partition(b"\r\n\r\n")
+        assert body == world.upstream.answer
+        length = b"content-length: %d" % len(body)
+        assert sorted(head.lower().split(b"\r\n")) == [
+            b"connection: close", b"content-encoding: gzip", length, b"http/1.1 200 ok", b"x-answer: yes"
+        ]  # fmt: skip
+        (passed,) = world.upstream.heads
+        assert sorted(passed.lower().split(b"\r\n")) == [
+            b"", b"", b"content-length: 0", b"flwr-signature: s", b"host: x", b"post /v1/fleet/get-run http/1.1"
+        ]  # fmt: skip
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 @pytest.mark.parametrize("sends", [0, 10, 200])
 def test_a_request_is_passed_on_once_whatever_becomes_of_its_answer(sends: int) -> None:
     """None, a piece of its head, and a piece of its body: that last one ends the node's connection."""
 
-    async def scenario() -> None:
-        async with _world() as world:
-            world.upstream.answer, world.upstream.sends = os.urandom(1000), sends
-            client = await world.client()
-            if sends < 200:
-                assert (await client.ask(PULL, b"node 1"))[0] == 502
-            else:
-                with pytest.raises(asyncio.IncompleteReadError):
-                    await client.ask(PULL, b"node 1")
-            assert world.upstream.seen == [(PULL, b"node 1")]
-            # and is no reason to hold the next one
-            world.upstream.sends = None
-            again = await world.client()
-            assert (await asyncio.wait_for(again.ask(PULL, b"node 1"), 2))[0] == 200
-            for each in (client, again):
-                each.writer.close()
+    async def scenario(world: World) -> None:
+        world.upstream.answer, world.upstream.sends = os.urandom(1000), sends
+        client = await world.client()
+        if sends < 200:
+            assert (await client.ask(PULL, b"node 1"))[0] == 502
+        else:
+            with pytest.raises(asyncio.IncompleteReadError):
+                await client.ask(PULL, b"node 1")
+        assert world.upstream.seen == [(PULL, b"node 1")]
+        # and is no reason to hold the next one
+        world.upstream.sends = None
+        again = await world.client()
+        assert (await asyncio.wait_for(again.ask(PULL, b"node 1"), 2))[0] == 200
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 def test_a_request_that_breaks_off_is_broken_off() -> None:
     """The SuperLink need not wait for the rest of what a node that went was sending."""
 
-    async def scenario() -> None:
-        async with _world() as world:
-            client = await world.client()
-            head = "POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n"
-            client.send("", b"x" * 200_000, head)
-            await _until(lambda: bool(world.upstream.heads))
-            client.writer.close()
-            await _until(lambda: world.upstream.broken_off == 1)
-            assert world.upstream.seen == []
+    async def scenario(world: World) -> None:
+        client = await world.client()
+        head = "POST /v1/fleet/push-object HTTP/1.1\r\nhost: x\r\ncontent-length: 300000\r\n\r\n"
+        client.send("", b"x" * 200_000, head)
+        await _until(lambda: bool(world.upstream.heads))
+        client.writer.close()
+        await _until(lambda: world.upstream.broken_off == 1)
+        assert world.upstream.seen == []
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 @pytest.mark.parametrize(
@@ -259,90 +251,69 @@ def test_a_peer_that_does_not_go_on_is_hung_up_on(sent: str, monkeypatch: pytest
     """Before, in and after the head, and on a connection that served a request already."""
     monkeypatch.setattr(proxy, "IDLE_S", 0.2)
 
-    async def scenario() -> None:
-        async with _world() as world:
-            fresh, used = await world.client(), await world.client()
-            assert (await used.ask("/v1/fleet/get-fab"))[0] == 200
-            for each in (fresh, used):
-                each.send("", head=sent)
-                await asyncio.wait_for(each.reader.read(), 5)
-                each.writer.close()
-            assert len(world.upstream.seen) == 1
+    async def scenario(world: World) -> None:
+        fresh, used = await world.client(), await world.client()
+        assert (await used.ask("/v1/fleet/get-fab"))[0] == 200
+        for each in (fresh, used):
+            each.send("", head=sent)
+            await asyncio.wait_for(each.reader.read(), 5)
+        assert len(world.upstream.seen) == 1
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 def test_a_peer_that_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """It holds neither the SuperLink's connection nor its own."""
     monkeypatch.setattr(proxy, "IDLE_S", 0.2)
 
-    async def scenario() -> None:
-        async with _world() as world:
-            world.upstream.answer = bytes(30_000_000)
-            client = await world.client()
-            client.send("/v1/fleet/get-fab")
-            await _until(lambda: world.upstream.broken_off == 1)
-            server = world.fleet._server
-            assert server is not None
-            await _until(lambda: not server.server_state.connections)
-            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-                await asyncio.wait_for(client.reader.readexactly(30_000_000), 5)
-            client.writer.close()
+    async def scenario(world: World) -> None:
+        world.upstream.answer = bytes(30_000_000)
+        client = await world.client()
+        client.send("/v1/fleet/get-fab")
+        await _until(lambda: world.upstream.broken_off == 1)
+        server = world.fleet._server
+        assert server is not None
+        await _until(lambda: not server.server_state.connections)
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await asyncio.wait_for(client.reader.readexactly(30_000_000), 5)
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
-def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_and_their_heads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """One too many is told to try again, which Flower's client does."""
     monkeypatch.setattr(proxy, "_MAX_CONNECTIONS", 2)
 
-    async def scenario() -> None:
-        async with _world() as world:
-            first = await world.client()
-            assert (await first.ask("/v1/fleet/get-run"))[0] == 200
-            second = await world.client()
-            assert (await second.ask("/v1/fleet/get-run"))[0] == 503
-            for each in (first, second):
-                each.writer.close()
+    async def scenario(world: World) -> None:
+        first = await world.client()
+        assert (await first.ask("/v1/fleet/get-run"))[0] == 200
+        assert (await (await world.client()).ask("/v1/fleet/get-run"))[0] == 503
+        first.send("", head="POST /v1/fleet/get-run HTTP/1.1\r\nx: " + "y" * 40_000)
+        assert await first.last() == 400
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 def test_a_request_for_messages_waits_for_a_push() -> None:
-    """The first passes at once; the next, after one that brought nothing, when something was pushed."""
+    """The first passes at once; one after one that brought nothing when something was pushed since."""
 
-    async def scenario() -> None:
-        async with _world() as world:
-            client, other = await world.client(), await world.client()
-            assert await client.ask(PULL, b"node 1") == (200, b"")
-            held = asyncio.create_task(client.ask(PULL, b"node 1"))
-            await asyncio.sleep(0.1)
-            assert not held.done()
-            # neither another node nor another request is held with it
-            assert (await other.ask(PULL, b"node 2"))[0] == 200
-            assert (await other.ask("/v1/fleet/send-node-heartbeat", b"node 1"))[0] == 200
-            world.upstream.answer = b"message"
-            world.fleet.pushed()
-            assert await asyncio.wait_for(held, 1) == (200, b"message")
-            assert world.asked == [b"node 1", b"node 1", b"node 2"]
-            for each in (client, other):
-                each.writer.close()
+    async def scenario(world: World) -> None:
+        client, other = await world.client(), await world.client()
+        assert await client.ask(PULL, b"node 1") == (200, b"")
+        world.fleet.pushed()  # while the node sleeps: its next request passes as well
+        assert await asyncio.wait_for(client.ask(PULL, b"node 1"), 1) == (200, b"")
+        held = asyncio.create_task(client.ask(PULL, b"node 1"))
+        await asyncio.sleep(0.1)
+        assert not held.done()
+        # neither another node nor another request is held with it
+        assert (await other.ask(PULL, b"node 2"))[0] == 200
+        assert (await other.ask("/v1/fleet/send-node-heartbeat", b"node 1"))[0] == 200
+        world.upstream.answer = b"message"
+        world.fleet.pushed()
+        assert await asyncio.wait_for(held, 1) == (200, b"message")
+        assert world.asked == [b"node 1", b"node 1", b"node 1", b"node 2"]
 
-    asyncio.run(scenario())
-
-
-def test_a_push_between_two_requests_is_not_missed() -> None:
-    """What was pushed while the node slept is fetched without waiting."""
-
-    async def scenario() -> None:
-        async with _world() as world:
-            client = await world.client()
-            await client.ask(PULL, b"node 1")
-            world.fleet.pushed()
-            assert (await asyncio.wait_for(client.ask(PULL, b"node 1"), 1))[0] == 200
-            client.writer.close()
-
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 @pytest.mark.parametrize(("answer", "limit"), [(b"", "HOLD_S"), (b"message", "AGAIN_S")])
@@ -352,35 +323,32 @@ def test_nobody_waits_for_ever(answer: bytes, limit: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(proxy, "AGAIN_S", 60.0)
     monkeypatch.setattr(proxy, limit, 0.1)
 
-    async def scenario() -> None:
-        async with _world() as world:
-            world.upstream.answer = answer
-            client = await world.client()
-            await client.ask(PULL, b"node 1")
-            assert await asyncio.wait_for(client.ask(PULL, b"node 1"), 5) == (200, answer)
-            client.writer.close()
+    async def scenario(world: World) -> None:
+        world.upstream.answer = answer
+        client = await world.client()
+        await client.ask(PULL, b"node 1")
+        assert await asyncio.wait_for(client.ask(PULL, b"node 1"), 5) == (200, answer)
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 def test_a_node_that_goes_while_it_waits_fetches_nothing() -> None:
     """A message that is handed to nobody would be lost."""
 
-    async def scenario() -> None:
-        async with _world() as world:
-            client = await world.client()
-            await client.ask(PULL, b"node 1")
-            held = asyncio.create_task(client.ask(PULL, b"node 1"))
-            await asyncio.sleep(0.05)
-            client.writer.close()
-            await asyncio.sleep(0.05)
-            world.fleet.pushed()
-            await asyncio.sleep(0.05)
-            assert len(world.upstream.seen) == 1
-            with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
-                await held
+    async def scenario(world: World) -> None:
+        client = await world.client()
+        await client.ask(PULL, b"node 1")
+        held = asyncio.create_task(client.ask(PULL, b"node 1"))
+        await asyncio.sleep(0.05)
+        client.writer.close()
+        await asyncio.sleep(0.05)
+        world.fleet.pushed()
+        await asyncio.sleep(0.05)
+        assert len(world.upstream.seen) == 1
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await held
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 def test_a_superlink_that_is_away_is_a_bad_gateway() -> None:
@@ -404,23 +372,20 @@ def test_a_superlink_that_is_away_is_a_bad_gateway() -> None:
 def test_closing_ends_everything() -> None:
     """No task and no connection is left, and no message is fetched for a node that would not get it."""
 
-    async def scenario() -> None:
-        async with _world() as world:
-            client, idle, stalled = [await world.client() for _ in range(3)]
-            await client.ask(PULL, b"node 1")
-            held = asyncio.create_task(client.ask(PULL, b"node 1"))
-            stalled.send("", head="POST /v1/fleet/get-run HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1")
-            await _until(lambda: len(world.upstream.heads) == 2)
-            await asyncio.wait_for(world.fleet.close(), 5)
-            assert await held == (503, b"")
-            assert [await each.reader.read() for each in (client, idle)] == [b"", b""]
-            assert await stalled.last() == 503
-            assert len(world.upstream.seen) == 1
-            await _until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
-            for each in (client, idle, stalled):
-                each.writer.close()
+    async def scenario(world: World) -> None:
+        client, idle, stalled = [await world.client() for _ in range(3)]
+        await client.ask(PULL, b"node 1")
+        held = asyncio.create_task(client.ask(PULL, b"node 1"))
+        stalled.send("", head="POST /v1/fleet/get-run HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n1")
+        await _until(lambda: len(world.upstream.heads) == 2)
+        await asyncio.wait_for(world.fleet.close(), 5)
+        assert await held == (503, b"")
+        assert [await each.reader.read() for each in (client, idle)] == [b"", b""]
+        assert await stalled.last() == 503
+        assert len(world.upstream.seen) == 1
+        await _until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
 
-    asyncio.run(scenario())
+    _run(scenario)
 
 
 def test_an_owners_machine_needs_no_uvicorn() -> None:

@@ -277,20 +277,22 @@ def negatives(good: dict[str, object], sparse: dict[str, object]) -> dict[str, d
         },
         "sealed_bad_tag": {"step": "sealed", "error": "shares-unopenable", "sealed": flip(sealed)},
         "sealed_bad_length": {"step": "sealed", "error": "shares-unopenable", "sealed": sealed[:-2]},
-        "masked_bad_length": {"step": "masked", "error": "decode", "chunks": [east["masked"][:-2]]},
-        "masked_bad_chunks": {"step": "masked", "error": "decode", "chunks": [east["masked"][:6], east["masked"][6:]]},
+        "masked_bad_length": {"step": "masked", "error": "digest-mismatch", "chunks": [east["masked"][:-2]]},
+        "masked_bad_chunks": {
+            "step": "masked", "error": "digest-mismatch", "chunks": [east["masked"][:6], east["masked"][6:]],
+        },
         "masked_bad_digest": {"step": "masked", "error": "digest-mismatch", "chunks": [flip(east["masked"])]},
         "share_bad_unreduced": {"step": "share", "error": "decode", "share": P.to_bytes(33, "big").hex()},
         "share_bad_length": {"step": "share", "error": "decode", "share": share[2:]},
         "share_bad_value": {"step": "open", "error": "round-aborted", "share": flip(share)},
         "confirmation_bad_set": {"step": "confirmation", "error": "signature-invalid", "signature": other},
         "graph_bad_threshold": {"step": "graph", "error": "threshold-refused", **edge},
-        "sparse_bad_signers": {"step": "signers", "error": "protocol", "signers": strangers},
+        "sparse_bad_signers": {"step": "signers", "error": "signatures-missing", "signers": strangers},
         "sparse_bad_dealer": {
             "step": "dealer", "error": "signature-invalid", "owner": dealer, **forged,
             "signature": flip(forged["signature"]),
         },
-        "sparse_bad_sharers": {"step": "sharers", "error": "protocol", "sharers": few},
+        "sparse_bad_sharers": {"step": "sharers", "error": "set-refused", "sharers": few},
     }  # fmt: skip
 
 
