@@ -213,6 +213,24 @@ def status(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help
         print_table(str(home), ("what", "value"), sorted(report.items()))
 
 
+_LEFT = {
+    "HelloReply": "name, release",
+    "Started": "training began",
+    "Pending": "how far training or scoring is",
+    "Advertised": "fresh public keys, seconds of training",
+    "SharedKeys": "shares of this round's secrets, sealed for peers",
+    "Masked": "update or scores, under masks",
+    "Complained": "whose shares did not open",
+    "Confirmed": "signature over the survivors",
+    "Unmasked": "shares that open the sum, nothing else",
+    "Scoring": "scoring began",
+    "Closed": "the round's secrets are gone",
+    "Refused": "a no, and its code",
+    "again": "an earlier answer, repeated",
+}
+"""What each kind of message is, in an owner's words; a test holds it to the messages there are."""
+
+
 @app.command("audit")
 def audit(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
     """List exactly what left this machine: time, kind, round, bytes, digest."""
@@ -223,9 +241,13 @@ def audit(home: Path = HOME, as_json: bool = typer.Option(False, "--json", help=
     if as_json:
         print_json(entries)
         return
-    rows = [(e["time"], e["kind"], e["round"], e["bytes"], e["sha256"][:16]) for e in entries]
-    print_table(f"{len(rows)} messages, {sum(e['bytes'] for e in entries)} bytes",
-                ("time", "kind", "round", "bytes", "sha256"), rows)  # fmt: skip
+    rows = [
+        (e["time"], e["kind"], _LEFT.get(e["kind"], "unknown to this release"), e["round"], f"{e['bytes']:,}",
+         e["sha256"][:16])
+        for e in entries
+    ]  # fmt: skip
+    print_table(f"{len(rows)} messages, {sum(e['bytes'] for e in entries):,} bytes",
+                ("time", "kind", "what it was", "round", "bytes", "sha256"), rows)  # fmt: skip
 
 
 def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:

@@ -259,3 +259,15 @@ def test_a_direct_owner_or_coordinator_without_its_key_does_not_start(scene: Sce
         process(command, "start", "--home", home, *port).fails(4, "authentication", "tls.key", "chmod 600")
         (home / "tls.key").unlink()
         process(command, "start", "--home", home, *port).fails(5, "not-found", "tls.key")
+
+
+def test_the_audit_says_of_every_kind_of_message_what_it_was() -> None:
+    """A kind that can leave, and that the audit cannot name, would be a surprise to the owner's people."""
+    from fedllm.cli.client import _LEFT
+    from fedllm.messages.round import BODIES
+
+    down = {
+        "Hello", "Begin", "Retry", "FetchAdvertise", "ShareKeys", "SendMasked", "Confirm", "Unmask", "Evaluate",
+        "FetchScores", "Close",
+    }  # fmt: skip
+    assert set(_LEFT) == set(BODIES) - down | {"again"}

@@ -259,7 +259,7 @@ KEYS = [
     ),
     Attack(
         "one owner listed twice", listed(_an_owner_twice), "keys-invalid",
-        (cut(keys.check_distinct, "set(owners)"),), "protocol",
+        (cut(keys.check_distinct, "set(owners)"),), "set-refused",
     ),
     Attack(
         "a peer that advertises another's key", peer_dealt(cipher_key=lambda bundles: bundles[EAST].cipher_key),
@@ -286,15 +286,15 @@ KEYS = [
         for kind in ("cipher_key", "mask_key") for u in LOW_ORDER
     ),
     Attack(
-        "a Sybil in the key list", listed(_a_sybil), "protocol",
+        "a Sybil in the key list", listed(_a_sybil), "keys-invalid",
         (cut(SumTerms.check_set, "extra"), cut(keys.check_form, "not in cohort")), "SharedKeys",
     ),
     Attack(
-        "a peer's keys of the other sum", listed(_of_the_other_sum), "protocol",
+        "a peer's keys of the other sum", listed(_of_the_other_sum), "keys-invalid",
         (cut(keys.check_form, "bundle.purpose != purpose"),), "signature-invalid",
     ),
     Attack(
-        "a key list of two owners", listed(_two_owners), "protocol",
+        "a key list of two owners", listed(_two_owners), "set-refused",
         (LARGE_ENOUGH, cut(shamir.split, "threshold <= len(points)")), "SharedKeys",
     ),
     # sealed shares
@@ -306,16 +306,16 @@ KEYS = [
     Attack("sealed shares exchanged", delivered(_exchanged_shares), "Complained", (_ANYTHING,), "Masked"),
     Attack("another's sealed shares", delivered(_other_receivers_shares), "Complained", (_ANYTHING,), "Masked"),
     Attack(
-        "a dealer's shares kept back", delivered(_one_missing), "protocol",
+        "a dealer's shares kept back", delivered(_one_missing), "set-refused",
         (cut(SecAggOwner._check_delivery, "dealers <= others"),), "Masked",
     ),
-    Attack("two sharers", delivered(_too_few), "protocol", (LARGE_ENOUGH,), "Masked"),
+    Attack("two sharers", delivered(_too_few), "set-refused", (LARGE_ENOUGH,), "Masked"),
     Attack(
-        "sharers without the one who is asked", delivered(_without_me), "protocol",
+        "sharers without the one who is asked", delivered(_without_me), "set-refused",
         (cut(SecAggOwner._check_delivery, "self._owner not in delivery.sharers"),), "Masked",
     ),
     Attack(
-        "a Sybil among the sharers", delivered(_with_a_sybil), "protocol",
+        "a Sybil among the sharers", delivered(_with_a_sybil), "set-refused",
         (cut(SumTerms.check_set, "extra"), cut(SecAggOwner._check_delivery, "dealers <= others")), "Masked",
     ),
     Attack("an update masked twice", a_second_delivery("update"), "two-views", (STEPS,), "Masked"),

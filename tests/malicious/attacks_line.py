@@ -141,7 +141,7 @@ LINES = [
     ),
     Attack(
         "an envelope of another version", delivered(lambda _d, o: sealed(begin(plan()), o, version=2)),
-        "version-unsupported", (cut(envelope.unseal, "version != ENVELOPE_VERSION"),), "Advertised",
+        "version-unsupported", (cut(envelope._decode, "version != ENVELOPE_VERSION"),), "Advertised",
     ),
     # what is in it
     Attack(

@@ -24,11 +24,15 @@ TWO_CHUNKS = 400_000
 
 
 def fault(world: World) -> str:
-    """Return the code under which the hostile owner is at fault, proven; ``counted`` if its message counts."""
+    """Return the code under which the hostile owner is at fault; ``counted`` if its message counts.
+
+    It is proven by what the owner signed, and by nothing that a carrier may have changed on the way.
+    """
     found = world.coordinator.faults.get(HOSTILE)
-    assert (found is not None) == (HOSTILE in world.coordinator.proven)
+    code = "counted" if found is None else found.partition(":")[0]
+    assert (HOSTILE in world.coordinator.proven) == (code not in {"counted", "digest-mismatch"})
     assert not set(world.coordinator.faults) - {HOSTILE}, "nobody else is named"
-    return "counted" if found is None else found.partition(":")[0]
+    return code
 
 
 def at_coordinator(attack: Callable[[World], None], **world: Any) -> Play:
@@ -180,18 +184,19 @@ PEERS = [
         "digest-mismatch", (cut(masking.check_chunks, "!= digest"),), "counted",
     ),
     Attack(
-        "chunks in another order", masked(lambda _w, m: MaskedInput(m.head, m.chunks[::-1])), "decode",
-        (cut(masking.check_chunks, "found != sizes"),), "digest-mismatch",
+        "chunks in another order", masked(lambda _w, m: MaskedInput(m.head, m.chunks[::-1])), "digest-mismatch",
+        (cut(masking.check_chunks, "found != sizes", "!= digest"),), "counted",
     ),
     Attack(
-        "a chunk less", masked(lambda _w, m: MaskedInput(m.head, m.chunks[:1])), "decode",
-        (cut(masking.check_chunks, "found != sizes", "len(head.chunks) != len(sizes)"),), "ends the round",
+        "a chunk less", masked(lambda _w, m: MaskedInput(m.head, m.chunks[:1])), "digest-mismatch",
+        (cut(masking.check_chunks, "found != sizes"),), "ends the round",
     ),
     Attack(
-        "chunks cut elsewhere", masked(_cut_anew), "decode", (cut(masking.check_chunks, "found != sizes"),), "counted"
+        "chunks cut elsewhere", masked(_cut_anew), "digest-mismatch",
+        (cut(masking.check_chunks, "found != sizes"),), "counted",
     ),
     Attack(
-        "a vector one byte short", masked(_one_byte_short), "decode",
+        "a vector one byte short", masked(_one_byte_short), "digest-mismatch",
         (cut(masking.check_chunks, "found != sizes"),), "ends the round",
     ),
     Attack(

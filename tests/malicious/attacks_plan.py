@@ -147,7 +147,8 @@ NONE = {"mechanism": Mechanism.none(), "weights": None}
 SYBIL_COHORT = [*OWNERS[:3], SYBIL, OWNERS[3]]
 assert sorted(SYBIL_COHORT) == SYBIL_COHORT
 _cohort = policy._check_cohort
-ROSTERS = (cut(_cohort, "plan.roster != roster.digest"), cut(SumTerms.of, "plan.roster != roster.digest"))
+_PINNED = "plan.roster != roster.digest"
+ROSTERS = (cut(_cohort, _PINNED), cut(SumTerms.of, _PINNED))
 
 PLANS = [
     # replay
@@ -201,11 +202,11 @@ PLANS = [
     ),
     Attack(
         "a Sybil in roster and cohort", offered(cohort(SYBIL_COHORT, roster=GROWN.digest)), "roster-mismatch",
-        (cut(_cohort, "plan.roster != roster.digest", "strangers"), ROSTERS[1]), "cohort-refused",
+        (cut(_cohort, _PINNED, "strangers"), cut(SumTerms.of, _PINNED, "strangers")), BEGUN,
     ),
     Attack(
         "a Sybil in the cohort alone", offered(cohort(SYBIL_COHORT)), "roster-mismatch",
-        (cut(_cohort, "strangers"),), "cohort-refused",
+        (cut(_cohort, "strangers"), cut(SumTerms.of, "strangers")), BEGUN,
     ),
     Attack("another roster", offered(plan(roster=GROWN.digest)), "roster-mismatch", ROSTERS, BEGUN),
     # one owner's update as the sum

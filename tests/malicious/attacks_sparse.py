@@ -128,15 +128,15 @@ def _sealed(pair: keys.KeyPair, receiver: KeyBundle, v1: bytes, ctx: bytes, owne
 
 SPARSE = [
     Attack(
-        "a key list without an owner's picks", in_a_sum(keys_without_picks), "protocol",
+        "a key list without an owner's picks", in_a_sum(keys_without_picks), "set-refused",
         (PICKED, cut(shamir.split, "threshold <= len(points)")), "ShareMessage",
     ),
     Attack(
-        "survivors without an owner's picks", in_a_sum(survivors_without_picks), "protocol", (PICKED,),
+        "survivors without an owner's picks", in_a_sum(survivors_without_picks), "set-refused", (PICKED,),
         "SurvivorSignature",
     ),
     Attack(
-        "signatures of owners that were not picked", in_a_sum(signatures_of_others), "protocol",
+        "signatures of owners that were not picked", in_a_sum(signatures_of_others), "signatures-missing",
         (cut(SecAggOwner._check_request, "len(counted) < t.threshold"),), "UnmaskShares",
     ),
     Attack(

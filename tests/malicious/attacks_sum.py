@@ -184,17 +184,17 @@ SUMS = [
         "two views of the survivors", shown(lambda owner: others(another(owner)), before=True), "two-views", ONCE,
         "Confirmed",
     ),
-    Attack("two survivors", shown(lambda o: sorted((o, another(o)))), "protocol", (LARGE_ENOUGH,), "Confirmed"),
+    Attack("two survivors", shown(lambda o: sorted((o, another(o)))), "set-refused", (LARGE_ENOUGH,), "Confirmed"),
     Attack(
-        "survivors without one whose vector was sent", shown(others), "protocol",
+        "survivors without one whose vector was sent", shown(others), "set-refused",
         (cut(SecAggOwner.confirm, "self._owner not in ordered"),), "Confirmed",
     ),
     Attack(
-        "a Sybil among the survivors", shown(lambda _o: sorted((*OWNERS, SYBIL))), "protocol",
+        "a Sybil among the survivors", shown(lambda _o: sorted((*OWNERS, SYBIL))), "set-refused",
         (cut(SumTerms.check_set, "extra"),), "Confirmed",
     ),
     Attack(
-        "a survivor named twice", shown(lambda _o: (EAST, EAST, NORTH, SOUTH, WEST)), "protocol",
+        "a survivor named twice", shown(lambda _o: (EAST, EAST, NORTH, SOUTH, WEST)), "set-refused",
         (cut(SumTerms.check_set, "sorted(set(owners))"),), "Confirmed",
     ),
     # requests to unmask
@@ -215,15 +215,15 @@ SUMS = [
         (cut(Steps.answer, "self._closed"),), "two-views",
     ),
     Attack(
-        "too few signatures", _signatures(lambda good: good[:2]), "protocol",
+        "too few signatures", _signatures(lambda good: good[:2]), "signatures-missing",
         (cut(SecAggOwner._check_request, _ENOUGH),), "Unmasked",
     ),
     Attack(
-        "one owner's signature twice", _signatures(lambda good: (good[0], good[0], good[1])), "protocol",
+        "one owner's signature twice", _signatures(lambda good: (good[0], good[0], good[1])), "signatures-missing",
         (cut(SecAggOwner._check_request, _DISTINCT, _ENOUGH),), "Unmasked",
     ),
     Attack(
-        "a stranger's signature", _signatures(_sybil_signs), "protocol",
+        "a stranger's signature", _signatures(_sybil_signs), "signatures-missing",
         (cut(SecAggOwner._check_request, _DISTINCT),), "not-found",
     ),
     Attack(
@@ -253,11 +253,11 @@ SUMS = [
         "failed",
     ),
     # order
-    Attack("a key list while training runs", keys_before_training_ends, "step-mismatch", (STEPS,), "protocol"),
-    Attack("a masked update before shares", asked(_nothing, after="begin"), "step-mismatch", (STEPS,), "protocol"),
+    Attack("a key list while training runs", keys_before_training_ends, "step-mismatch", (STEPS,), "set-refused"),
+    Attack("a masked update before shares", asked(_nothing, after="begin"), "step-mismatch", (STEPS,), "set-refused"),
     Attack(
         "survivors before a masked update", asked(lambda _at, _o: Confirm("update", OWNERS), after="share"),
-        "step-mismatch", (STEPS,), "protocol",
+        "step-mismatch", (STEPS,), "set-refused",
     ),
     Attack(
         "scores before a candidate", asked(lambda _at, _o: FetchScores(), after="mask"), "step-mismatch",

@@ -67,7 +67,7 @@ def a_list_of_three_where_four_were_promised() -> str:
 
 def test_a_plan_is_held_to_its_own_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three of four could open the sum; a plan that promised four is refused three."""
-    assert a_list_of_three_where_four_were_promised() == "protocol"
+    assert a_list_of_three_where_four_were_promised() == "set-refused"
     LARGE_ENOUGH(monkeypatch)
     assert a_list_of_three_where_four_were_promised() == "ShareMessage"
 

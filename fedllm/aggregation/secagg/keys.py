@@ -48,8 +48,12 @@ _LOW_ORDER = frozenset(
 
 def framed(*parts: bytes | str) -> bytes:
     """Return the parts, each behind its length; injective."""
-    raw = [part.encode() if isinstance(part, str) else part for part in parts]
-    return b"".join(len(part).to_bytes(4, "big") + part for part in raw)
+    framed_parts: list[bytes] = []
+    for part in parts:
+        raw = part.encode() if isinstance(part, str) else part
+        framed_parts.append(len(raw).to_bytes(4, "big"))
+        framed_parts.append(raw)
+    return b"".join(framed_parts)
 
 
 def context(plan: RoundPlan, purpose: str) -> bytes:

@@ -176,3 +176,15 @@ def test_a_benchmark_that_dies_fails_the_whole_run(monkeypatch: pytest.MonkeyPat
     status, found = one("no_such_benchmark", [])
     assert status != 0
     assert found["gate"] is False
+
+
+def test_growth_is_of_exact_sums_and_follows_the_neighbours(capsys: pytest.CaptureFixture[str]) -> None:
+    """Three sizes, the last above the complete graph; masks follow k, the coordinator's memory does not follow n."""
+    assert secagg.main(["--growth", "--quick", "--dim", "2000", "--json"]) == 0
+    found = document(capsys)
+    assert found["exact"] is True
+    small, middle, large = found["growth"]
+    assert [row["owners"] for row in found["growth"]] == [8, 32, 160]
+    assert (small["neighbours"], middle["neighbours"]) == (7, 31)
+    assert large["neighbours"] < 159
+    assert large["coordinator_peak_bytes"] < 8 * small["coordinator_peak_bytes"]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesRequest
@@ -129,8 +130,7 @@ def test_a_request_to_the_fleet_api_passes_unchanged() -> None:
             assert world.upstream.seen[-1] == (path, body)
         assert b"flwr-signature: s\r\n" in world.upstream.heads[0]
         # with Nagle's algorithm each answer would wait for an acknowledgement
-        assert world.fleet._server is not None
-        (connection,) = world.fleet._server.server_state.connections
+        (connection,) = cast("Any", world.fleet._server).server_state.connections
         assert connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
     _run(scenario)
@@ -217,8 +217,7 @@ def test_a_request_is_passed_on_once_whatever_becomes_of_its_answer(sends: int) 
         assert world.upstream.seen == [(PULL, b"node 1")]
         # and is no reason to hold the next one
         world.upstream.sends = None
-        again = await world.client()
-        assert (await asyncio.wait_for(again.ask(PULL, b"node 1"), 2))[0] == 200
+        assert (await asyncio.wait_for((await world.client()).ask(PULL, b"node 1"), 2))[0] == 200
 
     _run(scenario)
 
@@ -271,9 +270,7 @@ def test_a_peer_that_does_not_read_is_hung_up_on(monkeypatch: pytest.MonkeyPatch
         client = await world.client()
         client.send("/v1/fleet/get-fab")
         await _until(lambda: world.upstream.broken_off == 1)
-        server = world.fleet._server
-        assert server is not None
-        await _until(lambda: not server.server_state.connections)
+        await _until(lambda: not cast("Any", world.fleet._server).server_state.connections)
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await asyncio.wait_for(client.reader.readexactly(30_000_000), 5)
 
