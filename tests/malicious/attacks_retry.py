@@ -1,4 +1,7 @@
-"""Attempts at a sum that no owner takes part in: a failure that is only claimed would open one owner's update."""
+"""Attempts at a sum that no owner takes part in: a failure that is only claimed would open one owner's update.
+
+Or one owner's loss: what was opened of the scores counts as much.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,25 @@ from pathlib import Path
 from malicious.attacks_plan import ANY_GRAPH
 from malicious.attacks_sum import others
 from malicious.removals import cut
-from malicious.scene import OWNERS, Attack, Play, Scene, Verdicts, again, plan, retry
-from unit.client.owner_fakes import DP
+from malicious.scene import OWNERS, Attack, Play, Scene, Verdicts, again, plan, retry, verdict
+from unit.client.owner_fakes import DP, HEAD, SPEC, sealed
 
+from fedllm.adapter import AdapterState
 from fedllm.aggregation.secagg.owner import SecAggOwner
 from fedllm.client import policy
 from fedllm.client.daemon import Daemon
 from fedllm.client.kept import Answers
+from fedllm.client.outbox import Outbox
+from fedllm.client.round import OwnerRound
 from fedllm.ids import sha256
 from fedllm.messages.plan import Mechanism, RoundPlan, honest_threshold
-from fedllm.messages.round import Close, FetchAdvertise
+from fedllm.messages.round import Close, Confirm, FetchAdvertise
+from fedllm.rng import SeededRng
 
 SPENT = (cut(Daemon._retry, "self._answers.unmasked"), cut(Daemon._restored, "self._answers.unmasked"))
-"""An update that a sum was opened with is not masked again, nor taken up again by another process."""
+"""A round of which a sum was opened has no further attempt, nor is it taken up again by another process."""
+SCORED = cut(OwnerRound.retry, "self._scoring is not None")
+"""Nor has one in which a candidate was scored: its sum of updates was opened, or the coordinator lies."""
 _cohort = policy._check_cohort
 
 
@@ -46,6 +55,39 @@ def claimed(*, restarted: bool) -> Play:
         return await at.retry(again(OWNERS[:3]))
 
     return play
+
+
+def claimed_of_the_scores(*, restarted: bool) -> Play:
+    """Return the attack that opens the scores before the update, claims failure, and plans again without somebody."""
+
+    async def play(home: Path) -> Verdicts:
+        at = Scene(home)
+        await at.evaluate(dict.fromkeys(OWNERS, HEAD))
+        await at.open(purpose="evaluation", subject=bytes.fromhex(HEAD.digest))
+        if restarted:
+            at.restart()
+        return await at.retry(again(OWNERS[:3]))
+
+    return play
+
+
+async def after_a_candidate(home: Path) -> Verdicts:
+    """Have every owner score an adapter of its own, and plan an attempt whose scores are bound to none."""
+    at = Scene(home)
+    await at.evaluate({owner: AdapterState.initial(SPEC, SeededRng(owner)) for owner in OWNERS})
+    return await at.retry(again())
+
+
+async def a_message_of_the_attempt_before(home: Path) -> Verdicts:
+    """Record a request in the first attempt, and play it back, byte for byte, in the second."""
+    at = Scene(home)
+    await at.mask()
+    recorded = {owner: sealed(Confirm("update", OWNERS), owner) for owner in OWNERS}
+    for owner, data in recorded.items():
+        await at.deliver(owner, data)
+    await at.retry(again())
+    await at.mask()
+    return {owner: verdict((await at.deliver(owner, data))[0]) for owner, data in recorded.items()}
 
 
 async def with_a_newcomer(home: Path) -> Verdicts:
@@ -103,6 +145,19 @@ RETRIES = [
     Attack(
         "a sum opened, and said to have failed to restarted owners", claimed(restarted=True), "already-unmasked", SPENT,
         TRAINED_AGAIN,
+    ),
+    Attack(
+        "scores opened, and said to have failed", claimed_of_the_scores(restarted=False), "already-unmasked", SPENT,
+        "step-mismatch",
+    ),
+    Attack(
+        "scores opened, and said to have failed to restarted owners", claimed_of_the_scores(restarted=True),
+        "already-unmasked", SPENT, TRAINED_AGAIN,
+    ),
+    Attack("an attempt after a candidate was scored", after_a_candidate, "step-mismatch", (SCORED,), TRAINED_AGAIN),
+    Attack(
+        "a message of the attempt before", a_message_of_the_attempt_before, "request-reused",
+        (cut(Outbox.again, "request.request in self._stale"),), "Confirmed",
     ),
     Attack(
         "a second set of keys from a restarted owner", new_keys_after_a_restart, "two-views",

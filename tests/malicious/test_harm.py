@@ -1,4 +1,4 @@
-"""What an attacker would read if a check were missing: the victim's exact numbers, by subtraction.
+"""What an attacker would read if a check were missing: the victim's exact numbers, mostly by subtraction.
 
 The owners' updates lie on the ring's grid here, so that rounding does not hide whether the difference is exact.
 """
@@ -12,17 +12,19 @@ from typing import Any
 import numpy as np
 import pytest
 from malicious.attacks_keys import UNSIGNED, made_up
-from malicious.attacks_retry import SPENT
+from malicious.attacks_retry import SCORED, SPENT
 from malicious.attacks_sum import ONCE
 from malicious.removals import Removal, cut
 from malicious.scene import EAST, EXACT, IDENTITIES, NORTH, OWNERS, SOUTH, WEST, Scene, again, plan
+from unit.client.owner_fakes import HEAD, SPEC
 
+from fedllm.adapter import AdapterState
 from fedllm.aggregation.secagg import keys, shamir
 from fedllm.aggregation.secagg.masking import Mask, add_masks, add_packed, reduce_ring
 from fedllm.aggregation.secagg.owner import SecAggOwner
-from fedllm.client.pipeline import OwnerSums, update_codec
+from fedllm.client.pipeline import OwnerSums, score_codec, update_codec
 from fedllm.messages.envelope import COORDINATOR
-from fedllm.messages.round import SendMasked
+from fedllm.messages.round import FetchScores, SendMasked
 from fedllm.messages.secagg import ShareDelivery
 from fedllm.rng import SeededRng
 
@@ -87,6 +89,50 @@ def test_a_failure_that_is_only_claimed_gives_away_the_victims_update(
     read, update = asyncio.run(scenario())
     assert np.array_equal(read, update)
     assert np.unique(update).size > 10, "there was something to read"
+
+
+async def scores_again(at: Scene) -> Any:
+    """Plan an attempt without west, and open its score sum, of the candidate that was scored before."""
+    assert set((await at.retry(again(REST))).values()) == {"Advertised"}
+    await at.mask()
+    answers = await at.each(FetchScores())
+    at.vectors["evaluation"] = {owner: (answer.vector, at.parts[owner]) for owner, answer in answers.items()}
+    return score_codec(at.plan).decode(await at.open(purpose="evaluation"), len(REST))
+
+
+def test_a_failure_that_is_claimed_of_the_scores_gives_away_the_victims_held_out_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open the scores of all before the update, claim failure, open them without west: west's loss remains."""
+    for remove in (*SPENT, SCORED):
+        remove(monkeypatch)
+
+    async def scenario() -> tuple[Any, Any, Any]:
+        at = Scene(tmp_path)
+        await at.evaluate(dict.fromkeys(OWNERS, HEAD))
+        opened = await at.open(purpose="evaluation", subject=bytes.fromhex(HEAD.digest))
+        everybody = score_codec(at.plan).decode(opened, len(OWNERS))
+        return everybody, await scores_again(at), at.trainers[WEST].score(HEAD)
+
+    everybody, rest, scores = asyncio.run(scenario())
+    assert everybody.records - rest.records == scores.records
+    assert abs(4 * everybody.candidate_loss - 3 * rest.candidate_loss - scores.mean_loss) < 1e-5
+
+
+def test_an_attempt_after_a_candidate_opens_scores_of_different_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every owner scores another adapter in the first attempt; in the second, what it scored is under no signature."""
+    SCORED(monkeypatch)
+
+    async def scenario() -> tuple[Any, Any]:
+        at = Scene(tmp_path)
+        probes = {owner: AdapterState.initial(SPEC, SeededRng(owner)) for owner in OWNERS}
+        await at.evaluate(probes)
+        return await scores_again(at), [at.trainers[owner].score(probes[owner]) for owner in REST]
+
+    rest, scores = asyncio.run(scenario())
+    assert abs(rest.candidate_loss - sum(s.mean_loss for s in scores) / 3) < 1e-5
 
 
 def test_a_man_in_the_middle_of_the_keys_reads_the_victims_vector(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from malicious.removals import cut, replaced
-from malicious.scene import EAST, OWNERS, Scene, begin, plan, verdict
+from malicious.scene import EAST, NORTH, OWNERS, SOUTH, Scene, again, begin, plan, verdict
 from unit.client.owner_fakes import HEAD, sealed
 
 from fedllm.client.daemon import Daemon
@@ -106,3 +106,19 @@ def test_three_lines_stand_between_a_repeated_plan_and_a_second_training(
     said, _, _, (rounds, _, _) = asyncio.run(twice(tmp_path, "begin"))
     assert said == ["Advertised", answer]
     assert rounds == trained
+
+
+def test_a_message_of_the_attempt_before_does_not_take_the_place_of_the_true_one(tmp_path: Path) -> None:
+    """A carrier plays back the first attempt's survivors in the second: refused, and the true ones are signed."""
+
+    async def scenario() -> list[str]:
+        at = Scene(tmp_path)
+        await at.mask()
+        recorded = sealed(Confirm("update", OWNERS), EAST)
+        await at.deliver(EAST, recorded)
+        await at.retry(again())
+        await at.mask()
+        replayed = verdict((await at.deliver(EAST, recorded))[0])
+        return [replayed, await at.verdict(EAST, Confirm("update", (EAST, NORTH, SOUTH)))]
+
+    assert asyncio.run(scenario()) == ["request-reused", "Confirmed"]
