@@ -149,15 +149,21 @@ def test_secrets_are_overwritten_and_answers_let_go_when_a_sum_is_closed() -> No
             ask()
 
 
-def test_no_secret_shows_in_a_repr() -> None:
-    """Neither the owner, nor its pairs, nor shares print what they hold."""
+def test_a_secret_is_never_printed() -> None:
+    """Neither repr nor str of an owner, its pairs or shares shows a private key, a seed or a share, in any notation."""
     world = World(4)
     world.run()
     owner = world.owners[EAST]
-    shown = repr((owner, owner._cipher, owner._mask, owner._shares))
-    for secret in (owner._seed, owner._cipher.private, owner._mask.private, owner._shares[FAR].seed):
+    share = owner._shares[FAR]
+    parts = (owner, owner._cipher, owner._mask, owner._shares)
+    shown = repr(parts) + "".join(map(str, (*parts, share)))
+    for secret in (owner._seed, owner._cipher.private, owner._mask.private, share.seed, share.key):
+        assert any(secret), "still there to be shown"
         assert bytes(secret).hex()[:16] not in shown
         assert repr(bytes(secret)) not in shown
+        assert str(int.from_bytes(secret, "big")) not in shown
+    for part in (owner, owner._cipher, owner._mask):
+        assert "redacted" in repr(part)
 
 
 def test_policy_refusals_have_codes_of_their_own() -> None:
