@@ -171,9 +171,9 @@ class SecAggOwner:
     def _share_keys(self, bundles: tuple[KeyBundle, ...], v1: bytes) -> ShareMessage:
         t = self._terms
         keys.check_distinct(bundles)
-        t.check_set([bundle.owner for bundle in bundles], t.points, what="advertised keys (U1)")
         for bundle in bundles:
             keys.check_form(t.purpose, bundle, t.points)
+        t.check_set([bundle.owner for bundle in bundles], t.points, what="advertised keys (U1)")
         peers = {bundle.owner: bundle for bundle in bundles}
         if peers.get(self._owner) != self._bundle:
             raise KeysInvalid(f"the keys listed for {self._owner!r} are not the ones it advertised")
