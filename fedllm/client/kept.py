@@ -19,7 +19,7 @@ import numpy as np
 
 from fedllm import telemetry, wire
 from fedllm.adapter import F32
-from fedllm.client.records import unwritable
+from fedllm.client.records import append, unwritable
 from fedllm.errors import FedllmError, IntegrityError, TwoViews
 from fedllm.ids import Digest
 from fedllm.messages.plan import SignedPlan
@@ -167,14 +167,7 @@ class Answers:
                 hint="an owner that restarts in mid-attempt is out of that attempt; plan another one",
             )
         entry = {"purpose": purpose, "sum": ctx.hex(), "step": step, "asked": asked}
-        try:
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            with os.fdopen(descriptor, "ab") as file:
-                file.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise unwritable(self._path, error) from None
+        append(self._path, entry, durable=True)
         self._learn(entry)
 
     def clear(self) -> None:

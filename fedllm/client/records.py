@@ -18,12 +18,22 @@ ROUNDS_FILE = "rounds.jsonl"
 ACCEPTED_FILE = "accepted.json"
 
 
-def _append(path: Path, entry: dict[str, Any]) -> None:
+def append(path: Path, entry: dict[str, Any], *, durable: bool = False) -> None:
+    """Add one line of JSON to a file of mode 0600, fsynced if it must outlive the machine.
+
+    Raises
+    ------
+    DiskFull, IntegrityError
+        If that is impossible.
+    """
     line = json.dumps(entry, sort_keys=True) + "\n"
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(descriptor, "ab") as file:
             file.write(line.encode())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         raise unwritable(path, error) from None
 
@@ -55,7 +65,7 @@ class AuditLog:
         """
         entry = {"time": iso_utc(self._clock.now()), "kind": kind, "round": round_number, "bytes": reply.size}
         parts = {"parts": len(reply.parts)} if reply.parts else {}
-        _append(self._path, {**entry, **parts, "sha256": sha256(reply.head)})
+        append(self._path, {**entry, **parts, "sha256": sha256(reply.head)})
 
 
 class RoundsLog:
@@ -73,7 +83,7 @@ class RoundsLog:
 
     def ended(self, entry: dict[str, Any]) -> None:
         """Record a round."""
-        _append(self._path, {"time": iso_utc(self._clock.now()), **entry})
+        append(self._path, {"time": iso_utc(self._clock.now()), **entry})
 
 
 class LastAccepted:
