@@ -253,11 +253,10 @@ class Journal:
     ) -> None:
         """Write down inputs of an open phase, with the parts that came with them; the first of an owner counts."""
         key = {"federation": federation, "number": number, "step": step}
-        rows = [{**key, "owner": owner, "kind": kind, "body": body} for owner, (kind, body) in inputs.items()]
-        if not rows:
+        if not inputs:
             return
         with writing(self._engine) as connection:
-            connection.execute(_inputs.insert().prefix_with("OR IGNORE"), rows)
+            _insert(connection, key, inputs)
             for owner, chunks in (parts or {}).items():
                 for position, data in enumerate(chunks):  # one at a time: a vector is not copied whole
                     row = {**key, "owner": owner, "position": position, "data": data}
@@ -273,9 +272,18 @@ class Journal:
         with self._engine.connect() as connection:
             return tuple(bytes(row.data) for row in connection.execute(query))
 
-    def close_step(self, federation: str, number: int, step: str, *, now: float) -> None:
-        """Fix the set of inputs of a phase: what is recorded now is all there will ever be."""
+    def close_step(
+        self,
+        federation: str,
+        number: int,
+        step: str,
+        *,
+        now: float,
+        inputs: Mapping[OwnerId, tuple[str, bytes]] | None = None,
+    ) -> None:
+        """Fix the set of inputs of a phase: what is recorded now, `inputs` included, is all there will ever be."""
         with writing(self._engine) as connection:
+            _insert(connection, {"federation": federation, "number": number, "step": step}, inputs or {})
             connection.execute(
                 _steps.update()
                 .where(_steps.c.federation == federation, _steps.c.number == number, _steps.c.step == step)
@@ -314,6 +322,12 @@ class Journal:
         if row is None:
             raise NotFound(f"federation {federation!r} has no round {number}", hint="'fedllm round list'")
         return row
+
+
+def _insert(connection: sa.Connection, key: Mapping[str, Any], inputs: Mapping[OwnerId, tuple[str, bytes]]) -> None:
+    rows = [{**key, "owner": owner, "kind": kind, "body": body} for owner, (kind, body) in inputs.items()]
+    if rows:
+        connection.execute(_inputs.insert().prefix_with("OR IGNORE"), rows)
 
 
 def _is(federation: str, number: int) -> tuple[sa.ColumnElement[bool], sa.ColumnElement[bool]]:

@@ -78,7 +78,9 @@ async def gather(
     if record.closed is None:
         allowed_s = plan.phase_deadline_s if deadline_s is None else deadline_s
         await phase.ask(requests, end=record.opened + allowed_s)
-        context.journal.close_step(context.name, context.number, name, now=context.clock.now())
+        context.journal.close_step(
+            context.name, context.number, name, now=context.clock.now(), inputs=phase.unwritten
+        )  # what came last is written down in the same breath
     context.alive = set(phase.answers)
     needed = context.quorum if quorum is None else quorum
     if len(phase.answers) < needed:
@@ -106,7 +108,7 @@ class Phase(Generic[T]):
         self._waiting: dict[OwnerId, Envelope] = {}
         self._silences: dict[OwnerId, int] = {}
         self._heard: dict[OwnerId, float] = {}
-        self._unwritten: dict[OwnerId, tuple[str, bytes]] = {}
+        self.unwritten: dict[OwnerId, tuple[str, bytes]] = {}
         self.answers: dict[OwnerId, T] = {}
 
     def replay(self, record: StepRecord) -> None:
@@ -137,7 +139,8 @@ class Phase(Generic[T]):
                 await c.clock.sleep(min(_PAUSE_S, left))
                 continue
             finally:
-                self._flush()
+                if self._waiting:
+                    self._flush()
             pause_s = self._judge(not_yet)
             if self._waiting and pause_s > 0:
                 await c.clock.sleep(min(pause_s, max(0.0, end - c.clock.now())))
@@ -204,14 +207,14 @@ class Phase(Generic[T]):
 
     def _record(self, owner: OwnerId, reply: Body, parts: Parts) -> None:
         """Journal a good answer: a vector at once, small answers together when the exchange is over."""
-        self._unwritten[owner] = (type(reply).__name__, wire.encode(reply))
+        self.unwritten[owner] = (type(reply).__name__, wire.encode(reply))
         if parts:
             self._flush({owner: parts})
 
     def _flush(self, parts: Mapping[OwnerId, Parts] | None = None) -> None:
         c = self._context
-        c.journal.record(c.name, c.number, self._step, self._unwritten, parts)
-        self._unwritten.clear()
+        c.journal.record(c.name, c.number, self._step, self.unwritten, parts)
+        self.unwritten.clear()
 
     def _report(self, owner: OwnerId | None, done: int, total: int) -> None:
         c = self._context
