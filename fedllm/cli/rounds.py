@@ -118,9 +118,22 @@ def show(
         print_json(found)
         return
     facts = [(k, found[k]) for k in ("state", "reason", "version", "promoted", "method", "survivors", "threshold")]
-    verdict = found["verdict"] or {}
-    facts += [("verdict", verdict.get("reason")), ("refusals", found["refusals"] or None), ("faults", found["faults"])]
+    cut = found["saturated"]
+    facts += [
+        ("verdict", (found["verdict"] or {}).get("reason")),
+        ("entries cut by the clip range", None if cut is None else f"{cut:.2%}"),
+    ]
     print_table(f"{name}: round {number}", ("what", "value"), facts)
+    if found["attempts"]:
+        failed = [(each["attempt"], each["reason"]) for each in found["attempts"]]
+        print_table(f"attempts before the {found['attempt']}. one", ("attempt", "why it failed"), failed)
+    if found["refusals"]:
+        said = [(owner, no["code"], no["message"]) for owner, no in sorted(found["refusals"].items())]
+        print_table("owners that refused", ("owner", "code", "why"), said)
+    if found["faults"]:
+        print_table(
+            "faults", ("owner", "code", "what"), [(f["owner"], f["code"], f["message"]) for f in found["faults"]]
+        )
     print_table("seconds", ("phase", "s"), found["timings"].items())
     rows = [(owner, found["bytes_up"].get(owner, 0), found["bytes_down"].get(owner, 0)) for owner in found["cohort"]]
     print_table("bytes", ("owner", "up", "down"), rows)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from fedllm.errors import AliasConflict, AuthenticationError, ConfigError, DecodeError, FedllmError
 from fedllm.identity import SigningIdentity
 from fedllm.ids import Digest, check_alias, check_digest
+from fedllm.messages.plan import honest_threshold
 from fedllm.registry.remote import aliases_to_json, manifest_to_json
 from fedllm.registry.store import Registry
 from fedllm.server.journal import Journal, RoundRecord
@@ -241,11 +242,15 @@ def round_json(state: ApiState, record: RoundRecord) -> dict[str, Any]:
         "plan": plan.digest,
         "cohort": list(plan.cohort),
         "threshold": plan.threshold,
+        "neighbours": plan.neighbours,
         "method": plan.method,
         # a version was made, and at least the threshold of owners put a masked vector into its sum
-        "secagg": record.version is not None and measures.get("survivors", 0) >= plan.threshold,
+        "secagg": record.version is not None and measures.get("survivors", 0) >= honest_threshold(len(plan.cohort)),
         "mechanism": vars(plan.mechanism),
         "survivors": measures.get("survivors", 0),
+        "saturated": measures.get("saturated"),
+        "attempt": plan.attempt,
+        "attempts": measures.get("attempts", []),
         "timings": measures.get("timings", {}),
         "wall_s": measures.get("wall_s", 0.0),
         "train_s": measures.get("train_s", 0.0),

@@ -87,7 +87,9 @@ async def open_sum(
     total = await unmask(context, context.update, PURPOSE_UPDATE, asked)
     if opened is not None:
         opened(context.plan, survivors, total)
-    return update_vector(context.plan).decode(total, len(survivors)), survivors
+    found = update_vector(context.plan).decode(total, len(survivors))
+    context.saturated = found.saturated
+    return found, survivors
 
 
 def _next(context: RoundContext, error: RoundAborted, rng: Rng) -> None:

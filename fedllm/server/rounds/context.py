@@ -34,6 +34,8 @@ class RoundContext:
         Code and reason of every attempt at the sum that failed.
     known_faults : list[Fault]
         Of the attempts before; each attempt has machines of its own.
+    saturated : float or None
+        Mean share of entries that the clip range cut, from the masked sum; None until it was opened.
     phase_s : dict[str, float]
         Wall seconds by state.
     started : float
@@ -64,6 +66,7 @@ class RoundContext:
     started: float = 0.0
     train_s: float = 0.0
     survivors: int = 0
+    saturated: float | None = None
     published: bool = False
 
     @property
@@ -113,6 +116,7 @@ class RoundContext:
             "published": self.published,
             "survivors": self.survivors,
             "attempts": self.attempts,
+            "saturated": self.saturated,
             "faults": [{"owner": f.owner, "code": f.code, "message": f.message} for f in faults],
             "refusals": {o: {"code": r.code, "message": r.message} for o, r in self.refusals.items()},
         }

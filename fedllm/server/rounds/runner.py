@@ -247,6 +247,7 @@ class RoundRunner:
             started=record.started,
             train_s=float(record.measures.get("train_s", 0.0)),
             survivors=int(record.measures.get("survivors", 0)),
+            saturated=record.measures.get("saturated"),
             published=bool(record.measures.get("published", False)),
         )
         context.stop_watch()
