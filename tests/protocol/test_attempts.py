@@ -45,6 +45,7 @@ def test_two_of_six_lost_cost_an_attempt_and_not_the_round(tmp_path: Path, kind:
     (failed,) = record.measures["attempts"]
     assert failed["attempt"] == 1
     assert "4 of 6 owners answered in time, 5 needed" in failed["reason"]
+    assert record.measures["saturated"] == 0.0
     assert all(len(agent.begun) == 1 for agent in world.agents.values())
     assert record.version is not None
     for name, array in world.registry.state(record.version).factors.items():

@@ -179,6 +179,7 @@ def test_rounds_are_listed_with_numbers_and_no_names_of_data(tmp_path: Path) -> 
         assert rounds[0]["overhead_s"] == pytest.approx(rounds[0]["wall_s"] - rounds[0]["train_s"])
         one = (await desk.client.get(f"{desk.rounds}/2", headers=TOKEN)).json()
         assert one == rounds[1]
+        assert (one["attempt"], one["attempts"], one["neighbours"], one["saturated"]) == (1, [], 3, 0.0)
         assert (await desk.client.get(f"{desk.rounds}/9", headers=TOKEN)).status_code == 404
         missing = await desk.client.get("/v1/federations/nope/rounds", headers=TOKEN)
         assert missing.status_code == 404
