@@ -302,7 +302,7 @@ async def over_flower(captured: CapturedRound, base: Path) -> None:
     clock = SystemClock()
     # one worker for all: threads that train at once disturb each other's warning filters, processes would not
     worker = ThreadPoolExecutor(1)
-    world = make_world(captured, base, clock, worker=lambda: worker, hold_s=app.FLOWER_HOLD_S)
+    world = make_world(captured, base, clock, worker=lambda: worker, hold_s=app.HOLD_S)
     async with _flower(captured, world.folder, clock) as (carrier, nodes):
         world.carrier = RecordingCarrier(carrier, captured.sent, captured.received)  # type: ignore[assignment]
         runner = world.runner()
@@ -329,7 +329,7 @@ async def _flower(
                 owner=owner, federation="tools", home=folder, data=captured.data[owner], base=home,
                 coordinator_key="", roster=home, superlink=f"127.0.0.1:{port}", node_port=node_port,
             )  # fmt: skip
-            nodes[owner] = app._relay_processes(settings, probe([folder, captured.data[owner]]))
+            nodes[owner] = app._relay_processes(settings, probe([folder, captured.data[owner]]), clock)
             for process in nodes[owner]:
                 process.start()
         async with asyncio.timeout(60.0):

@@ -38,7 +38,7 @@ def print_line(text: str) -> None:
 
 def say(text: str) -> None:
     """Tell a person something on stderr."""
-    stderr.print(text, markup=False)
+    stderr.print(text, markup=False, soft_wrap=True)  # a path that is broken over lines cannot be copied
 
 
 def print_table(

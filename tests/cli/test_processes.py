@@ -110,6 +110,8 @@ def test_an_owner_whose_roster_pins_another_key_does_not_start(scene: Scene) -> 
 def test_ctrl_c_exits_130_and_says_nothing_ugly(scene: Scene) -> None:
     """SIGINT in the middle of a command: exit 130, no traceback."""
     waiting = (
+        # whoever runs the tests in the background of a shell has SIGINT ignored, and children inherit that
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import time, fedllm.cli.context as c, sys\n"
         "def wait(*a, **k):\n    print('waiting', file=sys.stderr, flush=True); time.sleep(30)\n"
         "c.ControlApi.call = wait\nfrom fedllm.cli import main\nmain()"
