@@ -45,8 +45,10 @@ from fedllm.messages.round import (
     HelloReply,
     Retry,
     Started,
+    Unmask,
     decode_body,
 )
+from fedllm.messages.secagg import PURPOSE_UPDATE
 from fedllm.privacy.ledger import Ledger
 from fedllm.relay.carrier import Reply
 from fedllm.rng import Rng
@@ -204,7 +206,10 @@ class Daemon:
         special = self._SPECIAL.get(type(body))
         if special is not None:
             return Answer(await special(self, envelope, body))
-        return self._active(envelope).answer(body)
+        answer = self._active(envelope).answer(body)
+        if isinstance(body, Unmask) and body.request.purpose == PURPOSE_UPDATE:
+            self._store.forget()  # it is never masked again
+        return answer
 
     def _with_result(self, envelope: Envelope, answer: Answer) -> Answer:
         """Return what the work that `answer` announces came to, if it has ended by now."""
@@ -258,7 +263,7 @@ class Daemon:
         if plan.round == self._accepted.of(plan.federation) and self._answers.unmasked:
             raise AlreadyUnmasked(
                 f"attempt {plan.attempt} at round {plan.round}: this owner has opened a sum of that round",
-                hint="an update, and scores, are in one opened sum at most; plan a new round",
+                hint="who helped to open a sum of a round helps with no other of it; plan a new round",
             )
         going = self._active(envelope)
         if going.plan.digest != plan.digest:

@@ -140,8 +140,12 @@ class Answers:
         self._known: dict[tuple[str, str], str] = {}
         self.unmasked = False
         if path.exists():
+            data = path.read_bytes()
+            whole = data[: data.rfind(b"\n") + 1]
+            if whole != data:  # cut off by a crash before its answer could leave
+                os.truncate(path, len(whole))
             try:
-                for line in path.read_text(encoding="utf-8").splitlines():
+                for line in whole.decode().splitlines():
                     self._learn(json.loads(line))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise IntegrityError(

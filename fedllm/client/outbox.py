@@ -60,9 +60,10 @@ class Outbox:
             wire.encode(answer.body),
         )  # fmt: skip
         reply = Reply(seal(envelope, self._identity), answer.parts)
-        self._audit.sent(kind, request.round, reply)
         if not isinstance(answer.body, _NOT_RECORDED):
+            # before the log: if that cannot be written the answer stays here, the secrets behind it may be gone
             self._answered[request.request] = (sha256(request.body), reply)
+        self._audit.sent(kind, request.round, reply)
         return reply
 
     def again(self, request: Envelope) -> Reply | None:

@@ -28,7 +28,7 @@ from fedllm.errors import (
 )
 from fedllm.identity import Roster
 from fedllm.ids import Digest, OwnerId, check_digest
-from fedllm.messages.plan import RoundPlan
+from fedllm.messages.plan import MAX_ATTEMPTS, RoundPlan
 
 LEAST_SURVIVORS = 3
 """Of a sum of two, each owner could subtract its own and read the other's."""
@@ -219,6 +219,11 @@ def check_retry(plan: RoundPlan, before: RoundPlan, policy: OwnerPolicy, *, rost
     """
     if plan.attempt <= before.attempt:
         raise RoundReplayed(f"attempt {plan.attempt} at round {plan.round}: attempt {before.attempt} was made already")
+    if plan.attempt > MAX_ATTEMPTS:
+        raise PlanChanged(
+            f"attempt {plan.attempt} at round {plan.round}: at most {MAX_ATTEMPTS} are made here",
+            hint="plan a new round",
+        )
     if plan.nonce == before.nonce:
         raise PlanChanged(f"attempt {plan.attempt} at round {plan.round} has the nonce of the one before")
     if plan.training() != before.training():

@@ -34,8 +34,17 @@ def append(path: Path, entry: dict[str, Any], *, durable: bool = False) -> None:
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
+                _fsync_folder(path.parent)
     except OSError as error:
         raise unwritable(path, error) from None
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def unwritable(path: Path, error: OSError) -> FedllmError:
@@ -124,11 +133,7 @@ class LastAccepted:
                 file.flush()
                 os.fsync(file.fileno())
             draft.replace(self._path)
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # without it a power cut could undo the rename, and the round be accepted twice
-            finally:
-                os.close(folder)
+            _fsync_folder(self._path.parent)  # else a power cut could undo the rename, and the round be accepted twice
         except OSError as error:
             draft.unlink(missing_ok=True)
             raise unwritable(self._path, error) from None

@@ -19,6 +19,8 @@ from fedllm.ids import Digest, OwnerId, RoundNumber, sha256
 PLAN_VERSION = 2
 PLAN_CONTEXT = "fedllm/1/plan"
 NONCE_BYTES = 32
+MAX_ATTEMPTS = 8
+"""Attempts at one sum that an owner takes part in: each draws keys, and on a sparse graph picks, anew."""
 
 UNIT_RECORD = "record"
 """Privacy unit: one training record."""

@@ -31,6 +31,10 @@ Opened = Callable[[RoundPlan, Sequence[OwnerId], NDArray[np.uint32]], None]
 """Called with plan, survivors and opened ring sum of the updates: how a simulation checks it entry by entry."""
 
 
+_RESTARTED = frozenset({"step-mismatch", "two-views"})
+"""With these an owner refuses an attempt that an earlier process of its daemon took part in."""
+
+
 def update_vector(plan: RoundPlan) -> UpdateVector:
     """Return the codec of a plan's update sum."""
     factors = get_method(plan.method).trainable(int(plan.round))
@@ -94,13 +98,23 @@ async def open_sum(
 
 def _next(context: RoundContext, error: RoundAborted, rng: Rng) -> None:
     """Plan another attempt with the owners that are left and not proven wrong, or raise `error`."""
-    left = context.alive - set(context.refusals) - context.update.proven - context.evaluation.proven
+    restarted = {o for o, no in context.refusals.items() if no.code in _RESTARTED and o in context.trained}
+    for owner in restarted:
+        del context.refusals[owner]
+    left = (context.alive | restarted) - set(context.refusals) - context.update.proven - context.evaluation.proven
     allowed = context.plan.attempt < context.federation.settings.attempts
     plan = next_attempt(context.plan, left, rng) if allowed else None
     if plan is None:
         raise error
     signed = SignedPlan.sign(plan, context.identity)
-    context.attempts.append({"attempt": context.plan.attempt, "code": error.code, "reason": error.message})
+    context.attempts.append(
+        {
+            "attempt": context.plan.attempt,
+            "code": error.code,
+            "reason": error.message,
+            "cohort": list(context.plan.cohort),
+        }
+    )
     context.known_faults += context.protocol_faults()
     context.journal.retry(plan, signed, context.measures())
     context.plan, context.signed = plan, signed

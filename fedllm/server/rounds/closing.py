@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from fedllm.errors import PeerUnavailable
+from fedllm.ids import OwnerId
 from fedllm.messages.round import Close, Closed
 from fedllm.server.rounds.asking import gather
 from fedllm.server.rounds.context import RoundContext
@@ -17,7 +18,8 @@ async def close(context: RoundContext, outcome: str, reason: str | None) -> None
     if not context.roll.present:  # a coordinator that was started again knows nobody yet
         with suppress(PeerUnavailable):
             await context.roll.call(deadline_s=CLOSE_DEADLINE_S)
-    there = [owner for owner in context.plan.cohort if owner in context.roll.present]
+    asked = context.attempts[0]["cohort"] if context.attempts else context.plan.cohort
+    there = [owner for owner in map(OwnerId, asked) if owner in context.roll.present]
     await gather(
         context,
         "close",

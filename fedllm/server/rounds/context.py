@@ -30,8 +30,10 @@ class RoundContext:
         What owners said no with, for the reason of an abort.
     alive : set[OwnerId]
         Owners that answered the last phase well: who is left for another attempt.
+    trained : set[OwnerId]
+        Owners that hold an update of this round: one that was restarted since is out of an attempt, not of the round.
     attempts : list[dict]
-        Code and reason of every attempt at the sum that failed.
+        Code, reason and cohort of every attempt at the sum that failed.
     known_faults : list[Fault]
         Of the attempts before; each attempt has machines of its own.
     saturated : float or None
@@ -58,6 +60,7 @@ class RoundContext:
     evaluation: SecAggCoordinator
     refusals: dict[OwnerId, Refused] = field(default_factory=dict)
     alive: set[OwnerId] = field(default_factory=set)
+    trained: set[OwnerId] = field(default_factory=set)
     attempts: list[dict[str, Any]] = field(default_factory=list)
     known_faults: list[Fault] = field(default_factory=list)
     phase_s: dict[str, float] = field(default_factory=dict)

@@ -49,6 +49,7 @@ async def retry(context: RoundContext) -> dict[OwnerId, ShareKeys]:
 
 
 def _key_lists(context: RoundContext, answers: Mapping[OwnerId, Advertised]) -> dict[OwnerId, ShareKeys]:
+    context.trained |= set(answers)
     update = context.update.advertised({owner: answer.update for owner, answer in answers.items()})
     evaluation = context.evaluation.advertised({owner: answer.evaluation for owner, answer in answers.items()})
     both = {bundle.owner for bundle in update} & {bundle.owner for bundle in evaluation}
