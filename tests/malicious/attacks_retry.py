@@ -144,7 +144,7 @@ RETRIES = [
     Attack("a sum opened, and said to have failed", claimed(restarted=False), "already-unmasked", SPENT, TRAINED_AGAIN),
     Attack(
         "a sum opened, and said to have failed to restarted owners", claimed(restarted=True), "already-unmasked", SPENT,
-        TRAINED_AGAIN,
+        "step-mismatch",  # the update is not on the disk any more
     ),
     Attack(
         "scores opened, and said to have failed", claimed_of_the_scores(restarted=False), "already-unmasked", SPENT,

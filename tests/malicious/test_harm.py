@@ -68,9 +68,8 @@ def test_with_its_checks_the_second_view_ends_before_anything_is_signed(tmp_path
         asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("restarted", [False, True], ids=["same processes", "restarted"])
 def test_a_failure_that_is_only_claimed_gives_away_the_victims_update(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Open the sum, say that it failed, open it again without west: the difference is west's update, exactly."""
     for remove in SPENT:
@@ -80,8 +79,6 @@ def test_a_failure_that_is_only_claimed_gives_away_the_victims_update(
         at = Scene(tmp_path)
         await at.begin(plan(ring=EXACT))
         everybody = update_codec(at.plan).decode(await at.open(), len(OWNERS)).update
-        if restarted:
-            at.restart()
         assert set((await at.retry(again(REST, ring=EXACT))).values()) == {"Advertised"}
         rest = update_codec(at.plan).decode(await at.open(), len(REST)).update
         return everybody - rest, at.trainers[WEST].update

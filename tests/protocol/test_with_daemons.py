@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
-from round_world import OWNERS, SPEC, World
+from round_world import OWNERS, SPEC, World, kind_of
 
 from fedllm.client.daemon import Daemon
 from fedllm.client.policy import OwnerPolicy
@@ -15,7 +16,8 @@ from fedllm.client.round import InlineWorker
 from fedllm.client.toy import ToyTrainer
 from fedllm.ids import FederationName, OwnerId
 from fedllm.privacy.ledger import Ledger
-from fedllm.relay.memory import Faults, MemoryCarrier, Passage
+from fedllm.relay.carrier import Reply
+from fedllm.relay.memory import Faults, Handler, MemoryCarrier, Passage
 from fedllm.rng import SeededRng
 from fedllm.server.ports import RoundState
 from fedllm.server.rounds.epsilon import advisory_epsilon
@@ -35,6 +37,7 @@ class RealOwners:
         self.world.clock.advance(1.0)
         self.daemons: dict[str, Daemon] = {}
         self.ledgers: dict[str, Ledger] = {}
+        self._made: dict[str, dict[str, Any]] = {}
         for owner in OWNERS:
             home = folder / owner
             home.mkdir(parents=True)
@@ -45,13 +48,17 @@ class RealOwners:
                 home / "ledger.jsonl", identity, self.world.clock, dataset=trainer.dataset,
                 limit_epsilon=policy.limit_epsilon, delta=policy.delta,
             )  # fmt: skip
-            self.daemons[owner] = Daemon(
-                owner=OwnerId(owner), federation=FederationName("tools"), home=home, identity=identity,
-                roster=self.world.roster, coordinator=self.world.identity.public, policy=policy,
-                ledger=self.ledgers[owner], trainer=trainer, clock=self.world.clock, rng=SeededRng(owner),
-                release="test", worker=InlineWorker(),
-            )  # fmt: skip
+            self._made[owner] = {
+                "owner": OwnerId(owner), "federation": FederationName("tools"), "home": home, "identity": identity,
+                "roster": self.world.roster, "coordinator": self.world.identity.public, "policy": policy,
+                "ledger": self.ledgers[owner], "trainer": trainer, "clock": self.world.clock, "release": "test",
+            }  # fmt: skip
+            self.daemons[owner] = self.new_daemon(owner, owner)
         self.faults = Faults()
+
+    def new_daemon(self, owner: str, seed: str) -> Daemon:
+        """Return a daemon that was started just now on an owner's folder."""
+        return Daemon(**self._made[owner], rng=SeededRng(seed), worker=InlineWorker())
 
     def runner(self) -> RoundRunner:
         """Return a coordinator that was started just now."""
@@ -128,3 +135,28 @@ def test_a_daemon_killed_in_mid_round_is_a_dropout(tmp_path: Path) -> None:
     (record,) = asyncio.run(runner.run(1))
     assert record.state is RoundState.JUDGED
     assert record.measures["survivors"] == 3
+
+
+@pytest.mark.parametrize("kind", ["ShareKeys", "SendMasked", "Confirm"])
+def test_owners_that_were_restarted_are_in_the_next_attempt(tmp_path: Path, kind: str) -> None:
+    """Two of four are killed and start again: too few for this sum, all there for the next, and none trains twice."""
+    owners = RealOwners(tmp_path)
+    runner = owners.runner()
+    handlers = owners.world.carrier._handlers  # type: ignore[attr-defined]
+    restarted: set[str] = set()
+
+    def restarting(owner: str) -> Handler:
+        async def handle(data: bytes) -> Reply:
+            if kind_of(data) == kind and owner not in restarted:
+                restarted.add(owner)
+                owners.daemons[owner] = owners.new_daemon(owner, f"{owner} again")
+            return await owners.daemons[owner].handle(data)
+
+        return handle
+
+    handlers.update({f"node-{owner}": restarting(owner) for owner in ("south", "west")})
+    (record,) = asyncio.run(runner.run(1))
+    assert restarted == {"south", "west"}
+    assert record.state is RoundState.JUDGED, record.reason
+    assert (record.plan.attempt, record.measures["survivors"]) == (2, 4)
+    assert all(len(ledger.reservations()) == 1 for ledger in owners.ledgers.values())

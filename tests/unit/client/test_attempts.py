@@ -31,6 +31,7 @@ from fedllm.messages.round import (
     SendMasked,
     ShareKeys,
     Unmask,
+    Unmasked,
 )
 from fedllm.relay.carrier import Reply
 from fedllm.rng import SeededRng
@@ -157,6 +158,7 @@ def test_who_helped_to_open_a_sum_never_masks_that_update_again(tmp_path: Path, 
     ("made", "code"),
     [
         (again(attempt=1), "round-replayed"),
+        (again(attempt=9), "plan-changed"),
         (again(nonce=bytes(32)), "plan-changed"),
         (again(head=sha256(b"another head")), "plan-changed"),
         (again(recipe=dataclasses.replace(plan().recipe, steps=3)), "plan-changed"),
@@ -166,7 +168,18 @@ def test_who_helped_to_open_a_sum_never_masks_that_update_again(tmp_path: Path, 
         (again(threshold=2), "threshold-refused"),
         (again([o for o in OWNERS if o != "north"]), "cohort-refused"),
     ],
-    ids=["not later", "nonce", "head", "recipe", "weights", "sizes", "two owners", "threshold", "without me"],
+    ids=[
+        "not later",
+        "too many",
+        "nonce",
+        "head",
+        "recipe",
+        "weights",
+        "sizes",
+        "two owners",
+        "threshold",
+        "without me",
+    ],
 )
 def test_an_attempt_may_change_its_owners_and_nothing_else(tmp_path: Path, made: RoundPlan, code: str) -> None:
     """Everything else needs a round of its own: another charge, another training."""
@@ -262,6 +275,39 @@ def test_answers_outlive_the_process_and_are_given_once(tmp_path: Path) -> None:
     assert restarted.unmasked
     restarted.clear()
     assert not Answers(path).unmasked
+
+
+def test_an_answer_that_was_cut_off_by_a_crash_had_not_left(tmp_path: Path) -> None:
+    """The torn line is dropped, what is whole counts, and the next answer gets a line of its own."""
+    path = tmp_path / "answers.jsonl"
+    asked, other = sha256(b"U3"), sha256(b"another U3")
+    Answers(path).once("update", b"sum", "confirm", asked)
+    with path.open("ab") as file:
+        file.write(b'{"asked": "')
+    Answers(path).once("update", b"sum", "unmask", other)
+    answers = Answers(path)
+    assert answers.unmasked
+    with pytest.raises(TwoViews):
+        answers.once("update", b"sum", "confirm", other)
+
+
+def test_an_answer_outlives_an_audit_log_that_cannot_be_written(tmp_path: Path) -> None:
+    """Nothing leaves that is not written down; when it can be, the very answer leaves that was given once."""
+
+    async def scenario() -> Body:
+        daemons = federation(tmp_path)
+        first = Attempt(plan(), daemons)
+        request = (await first.to_unmask(begin(plan())))[OwnerId("north")]
+        log = tmp_path / "north" / "audit.jsonl"
+        log.rename(log.with_suffix(".away"))
+        log.mkdir()
+        with pytest.raises(IntegrityError):
+            await first.ask("north", request)
+        log.rmdir()
+        assert not (tmp_path / "north" / "update.npz").exists(), "it is never masked again"
+        return (await first.ask("north", request))[0]  # type: ignore[no-any-return]
+
+    assert isinstance(asyncio.run(scenario()), Unmasked)
 
 
 def test_a_damaged_record_of_answers_stops_the_daemon(tmp_path: Path) -> None:

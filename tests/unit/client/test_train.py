@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from fedllm.adapter import AdapterSpec, AdapterState
+from fedllm.aggregation.vector import LOSS_LIMIT
 from fedllm.client import model as model_module
-from fedllm.client.dataset import ChatTokenizer, open_dataset
+from fedllm.client.dataset import ChatTokenizer, Example, open_dataset
 from fedllm.client.evaluate import evaluate
 from fedllm.client.model import LoraModel
 from fedllm.client.toy import ToyTrainer
@@ -193,3 +195,24 @@ def test_the_toy_learns_privately_and_plainly(head: AdapterState) -> None:
         trained = trainer.fit(head, made, ("B",), SeededRng(3), lambda *at: None)
         assert trainer.score(trained.state).mean_loss < base
     assert trainer.dataset != ToyTrainer(BASE, OwnerId("west")).dataset
+
+
+def test_a_record_that_overflows_when_it_is_scored_tells_nobody() -> None:
+    """It counts as the largest loss there is: an error would say in clear whose record overflows."""
+
+    class Overflowing:
+        """Two answer tokens a record; every second record's loss is no number."""
+
+        def load_state(self, _state: AdapterState) -> None:
+            pass
+
+        def train_mode(self, _on: bool) -> None:
+            pass
+
+        def answer_losses(self, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+            sums = torch.tensor([2.0 if i % 2 else float("nan") for i in range(len(examples))])
+            return sums, torch.full((len(examples),), 2)
+
+    examples = [Example((1, 2, 3), (0, 1, 1))] * 4
+    scored = evaluate(Overflowing(), AdapterState.initial(SPEC, SeededRng("head")), examples)  # type: ignore[arg-type]
+    assert scored.mean_loss == (2 * 2 * LOSS_LIMIT + 2 * 2.0) / 8
