@@ -186,7 +186,8 @@ ODD: list[tuple[str, Callable[[bytes], bytes], str]] = [
     ("last accepted", lambda _seed: b'{"tools": Infinity}', "a round that is infinite"),
     ("join file", lambda _seed: b"9" * 5000, "a number of too many digits"),
     *(
-        (name, lambda _seed, text=text: text * 100_000, f"nesting without an end, {text.decode()}")  # type: ignore[misc]
+        # a line of its own: the answers' last line, if it is cut off, is dropped
+        (name, lambda _seed, text=text: text * 100_000 + b"\n", f"nesting without an end, {text.decode()}")  # type: ignore[misc]
         for name in ("ledger line", "roster file", "join file", "answers", "last accepted") for text in (b"[", b'{"a":')
     ),
 ]  # fmt: skip
