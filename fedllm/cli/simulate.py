@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,13 +101,16 @@ def toy_settings(owners: int, *, noise: float | None, losses: float = 0.0) -> Fe
 
 def print_report(report: SimulationReport) -> None:
     """Print a report as tables."""
+    from fedllm.privacy.mechanism import describe
+
     graph = "everybody" if report.complete else f"{report.neighbours} picks"
-    budget = report.privacy["epsilon"]
+    privacy = report.privacy
+    spent = math.inf if privacy["epsilon"] is None else privacy["epsilon"]
     facts = [
         ("owners", report.owners), ("entries", report.dim), ("seed", report.seed),
         ("secrets shared with", f"{graph}, {report.threshold} of the shares open one"),
         ("ring", f"{report.ring_bits} bits, values of {report.value_bits}"),
-        ("epsilon charged", "no guarantee" if budget is None else budget),
+        ("charged to an owner's ledger", describe(spent, privacy["delta"], privacy["unit"], privacy["relation"])),
         ("bytes an owner sent in a round, at most", report.upload_bytes),
         ("seconds", report.seconds), ("peak GiB", report.peak_gib),
     ]  # fmt: skip

@@ -49,6 +49,7 @@ def test_a_budget_buys_noise_and_is_charged() -> None:
     assert said.exit_code == 0, said
     privacy = said.json()["privacy"]
     assert 3.5 < privacy["epsilon"] <= 4
+    assert "per record (add-or-remove-one), δ = 1e-05" in fedllm(*SMALL, "--epsilon", 4).out
     assert (privacy["unit"], privacy["relation"], privacy["delta"]) == ("record", "add-or-remove-one", 1e-5)
 
 

@@ -73,9 +73,9 @@ class Blame:
         if len(dealers) > self._colluders:
             self.proven.add(holder)
 
-    def unopened(self, dealer: OwnerId, what: str) -> None:
-        """Note a secret that no t of its shares open: its dealer dealt them wrong, or too many holders are wrong."""
-        self._wrong.setdefault(dealer, f"no shares of its {what} open what it committed to")
+    def doubt(self, owner: OwnerId, why: str) -> None:
+        """Note what may be this owner's fault and may be others': it proves nothing."""
+        self._wrong.setdefault(owner, why)
 
     def complain(self, owner: OwnerId, dealers: Sequence[OwnerId]) -> None:
         """Note that shares of these dealers did not open at `owner`."""

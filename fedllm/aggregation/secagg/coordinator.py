@@ -98,18 +98,17 @@ class SecAggCoordinator:
         self._turn("advertised")
         t = self._terms
         good: dict[OwnerId, KeyBundle] = {}
-        seen: set[bytes] = set()
 
         def check(owner: OwnerId, bundle: KeyBundle) -> None:
             _check_sender(owner, bundle.owner, bundle.purpose, t)
             keys.check_bundle(t.ctx, t.purpose, bundle, t.points, self._roster)
-            pair = {bundle.cipher_key, bundle.mask_key}
-            if len(pair) < 2 or pair & seen:
-                raise ProtocolError("the same public key is listed twice")
-            seen.update(pair)
+            keys.check_distinct([bundle])
             good[owner] = bundle
 
         self._each(bundles, check)
+        for owner in keys.with_another_owners_key(good.values()):
+            del good[owner]
+            self._blame.doubt(owner, "it has a public key of another owner's: one of the two copied it")
         self._enough(len(good), "advertised keys", t.floor)
         self._bundles = good
         self._v1 = keys.transcript(t.ctx, tuple(good.values()))
@@ -339,7 +338,7 @@ class SecAggCoordinator:
         try:
             secret, wrong = recover(by_point, t.threshold, accepted, colluders=t.colluders)
         except IntegrityError as error:
-            self._blame.unopened(dealer, what)
+            self._blame.doubt(dealer, f"no shares of its {what} open what it committed to")
             raise RoundAborted(f"the {what} of {dealer!r} cannot be opened: {error.message}") from None
         for point in wrong:
             self._blame.share(t.cohort[point - 1], dealer, what)

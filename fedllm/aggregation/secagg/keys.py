@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from cryptography.exceptions import InvalidTag
@@ -181,6 +181,15 @@ def check_distinct(bundles: Sequence[KeyBundle]) -> None:
         raise KeysInvalid("an owner's keys are listed twice")
     if len(set(keys)) != len(keys):
         raise KeysInvalid("the same public key is listed twice")
+
+
+def with_another_owners_key(bundles: Iterable[KeyBundle]) -> list[OwnerId]:
+    """Return the owners, sorted, who advertise a key that another owner advertises too."""
+    owners: dict[bytes, set[OwnerId]] = {}
+    for bundle in bundles:
+        for key in (bundle.cipher_key, bundle.mask_key):
+            owners.setdefault(key, set()).add(bundle.owner)
+    return sorted({owner for sharing in owners.values() if len(sharing) > 1 for owner in sharing})
 
 
 def _low_order(key: bytes) -> bool:

@@ -6,9 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from secagg_world import NAMES, World
+from secagg_world import IDENTITIES, NAMES, World
 
 from fedllm.aggregation.plain import plain_sum
+from fedllm.aggregation.secagg import keys
 from fedllm.errors import ProtocolError, SharesUnopenable, StepMismatch
 from fedllm.ids import OwnerId
 from fedllm.messages.secagg import Complaint, ShareDelivery
@@ -146,3 +147,19 @@ def test_a_bad_signature_and_a_wrong_message_are_proven() -> None:
     world.coordinator.shared(shared)
     assert world.coordinator.proven == {FAR, MID}
     assert set(world.coordinator.faults) == {FAR, MID}
+
+
+@pytest.mark.parametrize("thief", [EAST, YARD], ids=["named before", "named after"])
+def test_who_copies_a_peers_keys_frames_nobody(thief: OwnerId) -> None:
+    """Who sees the line can sign far's public keys as its own: both are left out, neither is proven."""
+    world = World(7)
+    bundles = {name: world.owners[name].advertise() for name in world.names}
+    far, ctx = bundles[FAR], keys.context(world.plan, world.purpose)
+    bundles[thief] = keys.sign_bundle(ctx, world.purpose, thief, far.cipher_key, far.mask_key, IDENTITIES[thief])
+    listed = world.coordinator.advertised(bundles)
+    assert {bundle.owner for bundle in listed} == set(NAMES) - {FAR, thief}
+    assert set(world.coordinator.faults) == {FAR, thief}
+    assert not world.coordinator.proven
+    survivors = world.mask(world.share(listed))
+    total = world.unmask(world.confirm(survivors))
+    np.testing.assert_array_equal(total, plain_sum([world.values(n) for n in survivors], 24))
