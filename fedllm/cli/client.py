@@ -112,6 +112,13 @@ def join(
     if offer.certificate is not None:
         say(f"pinned the coordinator's TLS certificate {offer.certificate.fingerprint[:16]} at {offer.direct}")
     say(f"pinned roster {offer.roster.digest[:16]} of {len(members)}: {', '.join(m.owner for m in members)}")
+    least = OwnerPolicy.load(home / POLICY_FILE).min_cohort
+    if least < len(members):
+        say(
+            f"rounds of {least} of these {len(members)} owners are accepted, and what you train is open to the"
+            " coordinator if all others in one collude with it"
+        )
+        say(f"for larger rounds only: fedllm client policy set min_cohort {len(members)} --home {home}")
     print_line(offer.roster.digest)
 
 

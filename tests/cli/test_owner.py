@@ -101,6 +101,9 @@ def test_joining_again_keeps_the_owners_limits(scene: Scene) -> None:
     said = fedllm(*scene.join("east"))
     assert said.exit_code == 0
     assert "is kept as it is" in said.err
+    assert "rounds of 3 of these 4 owners are accepted" in said.err
+    assert fedllm("client", "policy", "set", "min_cohort", 4, "--home", home).exit_code == 0
+    assert "are accepted" not in fedllm(*scene.join("east")).err
     assert fedllm("client", "policy", "show", "--home", home, "--json").json()["max_epsilon"] == 3.0
 
 
