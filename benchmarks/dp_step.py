@@ -27,7 +27,8 @@ from fedllm.client.dataset import Example
 from fedllm.client.model import LoraModel
 from fedllm.client.train import train_plain
 from fedllm.ids import sha256
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism, Recipe
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.plan import Recipe
 from fedllm.rng import OsRng, SeededRng, uniform_floats
 
 BATCH, TOKENS, RANK = 4, 64, 8

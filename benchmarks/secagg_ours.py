@@ -17,7 +17,8 @@ from fedllm.aggregation.vector import UpdateTail, UpdateVector
 from fedllm.errors import TwoViews
 from fedllm.identity import Roster, SigningIdentity
 from fedllm.ids import Digest, OwnerId, RoundNumber, sha256
-from fedllm.messages.plan import PLAN_VERSION, Mechanism, Recipe, Ring, RoundPlan
+from fedllm.messages.mechanism import Mechanism
+from fedllm.messages.plan import PLAN_VERSION, Recipe, Ring, RoundPlan
 from fedllm.messages.secagg import (
     PURPOSE_UPDATE,
     KeyBundle,

@@ -19,7 +19,8 @@ from fedllm.errors import FedllmError, SharesUnopenable
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
 from fedllm.ids import Digest, OwnerId, sha256
 from fedllm.messages.envelope import COORDINATOR, ENVELOPE_VERSION, Envelope, seal, unseal
-from fedllm.messages.plan import Mechanism, RoundPlan
+from fedllm.messages.mechanism import Mechanism
+from fedllm.messages.plan import RoundPlan
 from fedllm.messages.round import (
     Advertised,
     Begin,

@@ -16,7 +16,8 @@ from fedllm.aggregation.secagg import SecAggCoordinator, SecAggOwner, graph
 from fedllm.errors import TwoViews
 from fedllm.identity import Roster, SigningIdentity
 from fedllm.ids import Digest, OwnerId, RoundNumber, sha256
-from fedllm.messages.plan import PLAN_VERSION, Mechanism, Recipe, Ring, RoundPlan, honest_threshold
+from fedllm.messages.mechanism import Mechanism
+from fedllm.messages.plan import PLAN_VERSION, Recipe, Ring, RoundPlan, honest_threshold
 from fedllm.messages.secagg import PURPOSE_UPDATE, KeyBundle, ShareDelivery, UnmaskRequest
 from fedllm.rng import OsRng, Rng
 

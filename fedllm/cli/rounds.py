@@ -67,7 +67,7 @@ def plan(
     as_json: bool = JSON,
 ) -> None:
     """Show the plan that the whole roster would get, and what it costs; nobody is contacted."""
-    from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD
+    from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD
     from fedllm.privacy.mechanism import describe
     from fedllm.server.app import load_federation
     from fedllm.simulate.forecast import Forecast

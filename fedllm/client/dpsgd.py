@@ -25,7 +25,8 @@ from fedllm import telemetry
 from fedllm.client.dataset import Example
 from fedllm.client.model import LoraModel
 from fedllm.client.trainer import Progress
-from fedllm.messages.plan import Mechanism, Recipe
+from fedllm.messages.mechanism import Mechanism
+from fedllm.messages.plan import Recipe
 from fedllm.privacy.clip import SLACK
 from fedllm.privacy.noise import GaussianGrid
 from fedllm.rng import Rng, uniform_floats

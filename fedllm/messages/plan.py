@@ -15,67 +15,13 @@ from fedllm.adapter import AdapterSpec
 from fedllm.errors import VersionUnsupported
 from fedllm.identity import SigningIdentity, VerifyKey
 from fedllm.ids import Digest, OwnerId, RoundNumber, sha256
+from fedllm.messages.mechanism import Mechanism
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 PLAN_CONTEXT = "fedllm/1/plan"
 NONCE_BYTES = 32
 MAX_ATTEMPTS = 8
 """Attempts at one sum that an owner takes part in: each draws keys, and on a sparse graph picks, anew."""
-
-UNIT_RECORD = "record"
-"""Privacy unit: one training record."""
-RELATION_ADD_REMOVE = "add-or-remove-one"
-"""Neighbouring data sets differ by adding or removing one unit."""
-
-
-@dataclass(frozen=True)
-class Mechanism:
-    """The privacy mechanism of one round on one owner's data, as plain numbers.
-
-    Attributes
-    ----------
-    kind : str
-        ``dp-sgd`` (Poisson-sampled Gaussian, Abadi et al. 2016) or ``none``.
-    unit, relation : str
-        Privacy unit and neighbouring relation; printed beside every epsilon.
-    noise_multiplier : float
-        Noise standard deviation over `clip_norm`.
-    clip_norm : float
-        L2 bound of one unit's gradient.
-    sample_rate : float
-        Poisson probability of each record in each step.
-    steps : int
-        Noisy steps in this round.
-    delta : float
-    """
-
-    kind: str
-    unit: str
-    relation: str
-    noise_multiplier: float
-    clip_norm: float
-    sample_rate: float
-    steps: int
-    delta: float
-
-    def __post_init__(self) -> None:
-        """Refuse numbers for which no guarantee could be computed."""
-        if self.kind == "none":
-            return
-        if self.kind != "dp-sgd":
-            raise ValueError(f"mechanism {self.kind!r}: dp-sgd or none allowed")
-        if self.unit != UNIT_RECORD or self.relation != RELATION_ADD_REMOVE:
-            raise ValueError(f"unit {self.unit!r} under {self.relation!r}: dp-sgd has unit record, add-or-remove-one")
-        positive = (self.noise_multiplier, self.clip_norm, float(self.steps))
-        if not all(math.isfinite(x) and x > 0 for x in positive):
-            raise ValueError("noise multiplier, clip norm and steps must be positive")
-        if not (0 < self.sample_rate <= 1 and 0 < self.delta < 1):
-            raise ValueError("sample rate must be in (0, 1], delta in (0, 1)")
-
-    @classmethod
-    def none(cls) -> Mechanism:
-        """Return the mechanism that protects nothing and says so."""
-        return cls("none", UNIT_RECORD, RELATION_ADD_REMOVE, 0.0, 0.0, 0.0, 0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -225,7 +171,7 @@ class RoundPlan:
             raise ValueError("weights must cover the cohort and lie in (0, 1]")
         if set(self.declared_records) != set(self.cohort) or min(self.declared_records.values(), default=0) < 1:
             raise ValueError("declared_records must cover the cohort and be positive")
-        if self.mechanism.kind != "none" and self.weights is None:
+        if self.mechanism.covered and self.weights is None:
             raise ValueError("under DP weights are public constants: a private count must not leave the owner")
 
     @cached_property

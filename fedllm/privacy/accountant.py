@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from fedllm.messages.plan import Mechanism
+from fedllm.messages.mechanism import Mechanism
 from fedllm.privacy.mechanism import load_dp_accounting
 
 _ROUGH = 100.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fedllm.errors import ConfigError
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
 from fedllm.privacy.accountant import INTERVAL
 from fedllm.privacy.accountant import epsilon as spent_epsilon
 

@@ -14,7 +14,7 @@ from typing import Any
 from fedllm.errors import LedgerCorrupt, SignatureInvalid
 from fedllm.identity import SigningIdentity, VerifyKey
 from fedllm.ids import Digest, sha256
-from fedllm.messages.plan import Mechanism
+from fedllm.messages.mechanism import Mechanism
 
 CONTEXT = "fedllm/1/ledger"
 GENESIS = Digest("0" * 64)

@@ -25,7 +25,7 @@ from fedllm.clock import Clock, iso_utc
 from fedllm.errors import BudgetExhausted, ConfigError, LedgerCorrupt, NotFound, PolicyRefused
 from fedllm.identity import SigningIdentity, VerifyKey
 from fedllm.ids import Digest, sha256
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
 from fedllm.privacy import chain
 from fedllm.privacy.accountant import epsilon
 from fedllm.privacy.chain import Entry

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from fedllm.errors import MissingExtra
-from fedllm.messages.plan import Mechanism
+from fedllm.messages.mechanism import Mechanism
 
 
 def describe(epsilon: float, delta: float, unit: str, relation: str) -> str:

@@ -11,16 +11,8 @@ from fedllm.aggregation.secagg import graph
 from fedllm.config import FederationSettings
 from fedllm.errors import NotReady, PolicyRefused
 from fedllm.ids import OwnerId, RoundNumber
-from fedllm.messages.plan import (
-    NONCE_BYTES,
-    PLAN_VERSION,
-    RELATION_ADD_REMOVE,
-    UNIT_RECORD,
-    Mechanism,
-    Recipe,
-    Ring,
-    RoundPlan,
-)
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.plan import NONCE_BYTES, PLAN_VERSION, Recipe, Ring, RoundPlan
 from fedllm.rng import Rng
 from fedllm.server.federation import Federation, Head
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from fedllm.aggregation.vector import ScoreSum
 from fedllm.ids import OwnerId
-from fedllm.messages.plan import Mechanism
+from fedllm.messages.mechanism import Mechanism
 
 
 class RoundState(StrEnum):

@@ -17,7 +17,8 @@ from fedllm.aggregation.plain import plain_sum
 from fedllm.clock import Clock, FakeClock
 from fedllm.config import FederationSettings
 from fedllm.ids import OwnerId
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, RoundPlan
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD
+from fedllm.messages.plan import RoundPlan
 from fedllm.registry.store import Registry
 from fedllm.relay.memory import MemoryCarrier
 from fedllm.rng import SeededRng

@@ -13,7 +13,7 @@ from cli.conftest import OWNERS, Scene
 from fedllm.clock import FakeClock
 from fedllm.identity import SigningIdentity
 from fedllm.ids import sha256
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
 from fedllm.privacy.ledger import Ledger
 
 MECHANISM = Mechanism("dp-sgd", UNIT_RECORD, RELATION_ADD_REMOVE, 2.0, 0.05, 0.25, 2, 1e-5)

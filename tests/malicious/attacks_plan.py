@@ -19,7 +19,8 @@ from fedllm.client import policy
 from fedllm.client.daemon import Daemon
 from fedllm.identity import Roster, SigningIdentity
 from fedllm.ids import Digest, OwnerId, RoundNumber, sha256
-from fedllm.messages.plan import Mechanism, RoundPlan, SignedPlan, honest_threshold
+from fedllm.messages.mechanism import Mechanism
+from fedllm.messages.plan import RoundPlan, SignedPlan, honest_threshold
 from fedllm.messages.round import Close
 from fedllm.privacy.ledger import Ledger
 from fedllm.rng import SeededRng

@@ -22,7 +22,8 @@ from fedllm.client.kept import Answers
 from fedllm.client.outbox import Outbox
 from fedllm.client.round import OwnerRound
 from fedllm.ids import sha256
-from fedllm.messages.plan import Mechanism, RoundPlan, honest_threshold
+from fedllm.messages.mechanism import Mechanism
+from fedllm.messages.plan import RoundPlan, honest_threshold
 from fedllm.messages.round import Close, Confirm, FetchAdvertise
 from fedllm.rng import SeededRng
 

@@ -8,7 +8,7 @@ from fedllm.adapter import AdapterState
 from fedllm.aggregation.methods import get_method
 from fedllm.aggregation.rules import Rule
 from fedllm.aggregation.vector import ScoreSum, UpdateSum
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD
 from fedllm.registry.model import AdapterVersion, PrivacyRecord
 from fedllm.registry.store import VersionDraft
 from fedllm.server.ports import EpsilonOf, RoundState

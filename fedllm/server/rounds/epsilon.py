@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedllm.messages.plan import Mechanism
+from fedllm.messages.mechanism import Mechanism
 
 
 def advisory_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float | None:

@@ -11,7 +11,7 @@ from fedllm.aggregation.methods import METHODS, NOT_SUMS, get_method
 from fedllm.aggregation.rules import FedAvg
 from fedllm.errors import AdapterInvalid, ConfigError, PolicyRefused
 from fedllm.ids import RoundNumber
-from fedllm.messages.plan import Mechanism
+from fedllm.messages.mechanism import Mechanism
 from fedllm.rng import SeededRng
 
 FACTORS = {"ffa": ("B",), "fedit": ("A", "B")}

@@ -21,16 +21,8 @@ from fedllm.clock import FakeClock
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
 from fedllm.ids import Digest, FederationName, OwnerId, RoundNumber, sha256
 from fedllm.messages.envelope import COORDINATOR, ENVELOPE_VERSION, Envelope, request_id, seal, unseal
-from fedllm.messages.plan import (
-    NONCE_BYTES,
-    PLAN_VERSION,
-    Mechanism,
-    Recipe,
-    Ring,
-    RoundPlan,
-    SignedPlan,
-    honest_threshold,
-)
+from fedllm.messages.mechanism import Mechanism
+from fedllm.messages.plan import NONCE_BYTES, PLAN_VERSION, Recipe, Ring, RoundPlan, SignedPlan, honest_threshold
 from fedllm.messages.round import Begin, Body, decode_body
 from fedllm.privacy.ledger import Ledger
 from fedllm.relay.carrier import Reply

@@ -31,7 +31,8 @@ from fedllm.client.daemon import Daemon
 from fedllm.client.pipeline import score_codec, update_codec
 from fedllm.errors import AuthenticationError, DataError, IntegrityError
 from fedllm.ids import RoundNumber
-from fedllm.messages.plan import Mechanism, RoundPlan
+from fedllm.messages.mechanism import Mechanism
+from fedllm.messages.plan import RoundPlan
 from fedllm.messages.round import (
     Advertised,
     Body,

@@ -16,7 +16,8 @@ from fedllm.client.dataset import ChatTokenizer, Example, open_dataset
 from fedllm.client.model import LoraModel
 from fedllm.errors import ConfigError
 from fedllm.ids import Digest
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism, Recipe
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.plan import Recipe
 from fedllm.privacy.clip import SLACK
 from fedllm.rng import SeededRng, uniform_floats
 

@@ -24,7 +24,7 @@ from fedllm.client.pipeline import (
 from fedllm.client.trainer import Trained
 from fedllm.errors import NonFiniteUpdate, ProtocolError, StepMismatch, TwoViews
 from fedllm.ids import OwnerId
-from fedllm.messages.plan import Mechanism
+from fedllm.messages.mechanism import Mechanism
 from fedllm.messages.secagg import ShareDelivery
 from fedllm.rng import SeededRng
 

@@ -25,7 +25,8 @@ from fedllm.errors import (
 )
 from fedllm.identity import Roster
 from fedllm.ids import Digest, OwnerId
-from fedllm.messages.plan import Mechanism, Recipe
+from fedllm.messages.mechanism import Mechanism
+from fedllm.messages.plan import Recipe
 from fedllm.rng import SeededRng
 
 OTHER = Digest("c" * 64)

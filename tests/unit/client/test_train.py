@@ -21,7 +21,8 @@ from fedllm.client.train import LoraTrainer
 from fedllm.client.trainer import Trainer
 from fedllm.errors import AdapterInvalid, BaseMismatch, ConfigError, IntegrityError, PolicyRefused
 from fedllm.ids import Digest, OwnerId, RoundNumber
-from fedllm.messages.plan import PLAN_VERSION, RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism, Recipe, Ring, RoundPlan
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.plan import PLAN_VERSION, Recipe, Ring, RoundPlan
 from fedllm.rng import SeededRng
 
 BASE = Digest("ab" * 32)

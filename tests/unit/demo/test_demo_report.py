@@ -9,7 +9,7 @@ from rich.console import Console
 
 from fedllm.demo.recipe import DELTA, MAX_EPSILON, recipe
 from fedllm.demo.report import DemoReport, HeldOut, PrivacyClaim, mean_loss, print_report
-from fedllm.messages.plan import Mechanism
+from fedllm.messages.mechanism import Mechanism
 from fedllm.privacy.accountant import epsilon
 
 

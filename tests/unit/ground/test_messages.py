@@ -13,16 +13,8 @@ from fedllm.errors import DecodeError, ProtocolError, SignatureInvalid, StepMism
 from fedllm.identity import SigningIdentity
 from fedllm.ids import OwnerId, RoundNumber, sha256
 from fedllm.messages.envelope import Envelope, check_reply, reply_to, request_id, seal, unseal
-from fedllm.messages.plan import (
-    PLAN_CONTEXT,
-    PLAN_VERSION,
-    Mechanism,
-    Recipe,
-    Ring,
-    RoundPlan,
-    SignedPlan,
-    honest_threshold,
-)
+from fedllm.messages.mechanism import Mechanism
+from fedllm.messages.plan import PLAN_CONTEXT, PLAN_VERSION, Recipe, Ring, RoundPlan, SignedPlan, honest_threshold
 from fedllm.messages.round import BODIES, FetchAdvertise, Hello, decode_body
 
 ME = SigningIdentity.from_seed(bytes(32))

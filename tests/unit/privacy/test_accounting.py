@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedllm.errors import ConfigError, NonFiniteUpdate
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
 from fedllm.privacy.accountant import epsilon
 from fedllm.privacy.calibrate import noise_multiplier
 from fedllm.privacy.clip import clip_l2

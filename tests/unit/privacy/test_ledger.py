@@ -13,7 +13,7 @@ from fedllm.clock import FakeClock
 from fedllm.errors import BudgetExhausted, ConfigError, LedgerCorrupt, NotFound, PolicyRefused
 from fedllm.identity import SigningIdentity
 from fedllm.ids import Digest, sha256
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
 from fedllm.privacy import ledger as ledger_module
 from fedllm.privacy.accountant import epsilon
 from fedllm.privacy.ledger import Ledger, Receipt

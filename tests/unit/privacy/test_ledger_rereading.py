@@ -10,7 +10,7 @@ from fedllm.clock import FakeClock
 from fedllm.errors import LedgerCorrupt
 from fedllm.identity import SigningIdentity, VerifyKey
 from fedllm.ids import sha256
-from fedllm.messages.plan import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
 from fedllm.privacy.ledger import Ledger
 
 OWNER = SigningIdentity.from_seed(b"o" * 32)
