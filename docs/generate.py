@@ -13,6 +13,7 @@ import click
 import typer
 
 from fedllm import cli, config, errors
+from fedllm.aggregation.methods import support
 
 HERE = Path(__file__).parent
 
@@ -84,8 +85,27 @@ def _help(command: click.Command, context: click.Context) -> str:
     return text
 
 
+def methods_page() -> str:
+    """Return ``methods.md``: which method runs under what."""
+    heads = " | ".join(support.CONDITIONS)
+    text = (
+        "# Methods\n\nWhat each LoRA method runs under. A federation that asks for a refused combination is told so "
+        "when its round is planned,\nwith the sentence of the table. Secure aggregation is never off.\n\n"
+        f"| method | {heads} |\n|{' --- |' * (1 + len(support.CONDITIONS))}\n"
+    )
+    for name, refusals in support.table():
+        cells = ["yes" if why is None else f"refused: {why}" for why in refusals]
+        text += f"| `{name}` | {' | '.join(cells)} |\n"
+    return text
+
+
 _WIDTH = 100
-PAGES = {"errors.md": errors_page, "configuration.md": configuration_page, "help.md": help_page}
+PAGES = {
+    "methods.md": methods_page,
+    "errors.md": errors_page,
+    "configuration.md": configuration_page,
+    "help.md": help_page,
+}
 
 if __name__ == "__main__":
     for page, make in PAGES.items():

@@ -197,7 +197,7 @@ class Agent:
 def vector_of(plan: RoundPlan) -> UpdateVector:
     """Return the codec of a plan's update sum."""
     size = plan.spec.layout(get_method(plan.method).trainable(int(plan.round))).size
-    return UpdateVector(plan.ring, len(plan.cohort), size, plan.mechanism.kind != "none")
+    return UpdateVector(plan.ring, len(plan.cohort), size, plan.mechanism.covered)
 
 
 Fault = Callable[[str, str, int], str]
@@ -302,6 +302,6 @@ class World:
         )  # fmt: skip
 
 
-def toy_epsilon(mechanisms: Sequence[Mechanism], delta: float) -> float | None:
+def toy_epsilon(mechanisms: Sequence[Mechanism], delta: float, unit: str) -> float | None:
     """One per round under DP; nothing bounds it without."""
     return None if any(m.kind == "none" for m in mechanisms) else float(len(mechanisms))

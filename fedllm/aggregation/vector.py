@@ -70,8 +70,8 @@ class UpdateSum:
         None under differential privacy.
     train_loss : float or None
         Mean over owners; None under differential privacy.
-    saturated : float
-        Mean over owners of the share of entries that the clip range cut.
+    saturated : float or None
+        Mean over owners of the share of entries that the clip range cut; None where noise is added in the ring.
     """
 
     update: NDArray[np.float64]
@@ -79,7 +79,7 @@ class UpdateSum:
     owners: int
     records: int | None
     train_loss: float | None
-    saturated: float
+    saturated: float | None
 
     @property
     def mean(self) -> F32:
@@ -175,9 +175,9 @@ class UpdateVector:
         IntegrityError
             If the owners' count differs from `survivors` or an entry is impossible: masks did not cancel.
         """
-        _check_total(total, self.entries)
+        check_total(total, self.entries)
         sums = self._limbs.decode(total[self.layout_size :], survivors)
-        _check_owners(sums["owners"], survivors)
+        check_owners(sums["owners"], survivors)
         return UpdateSum(
             update=self.fixed_point.decode_sum(total[: self.layout_size], survivors),
             weight=sums["weight"] * WEIGHT_UNIT,
@@ -290,9 +290,9 @@ class ScoreVector:
 
     def decode(self, total: NDArray[np.uint32], survivors: int) -> ScoreSum:
         """Return means over the survivors; raise `IntegrityError` if masks did not cancel."""
-        _check_total(total, self.entries)
+        check_total(total, self.entries)
         sums = self._limbs.decode(total, survivors)
-        _check_owners(sums["owners"], survivors)
+        check_owners(sums["owners"], survivors)
         delta = sums["delta"] - (survivors << _LOSS_BITS)
         spread = survivors * sums["delta_sq"] - delta * delta  # n(n-1) times the sample variance, in units²
         if spread < 0:
@@ -318,12 +318,14 @@ def _loss_units(loss: float, rng: Rng) -> int:
     return min(units, (1 << _LOSS_BITS) - 1)
 
 
-def _check_total(total: NDArray[np.uint32], entries: int) -> None:
+def check_total(total: NDArray[np.uint32], entries: int) -> None:
+    """Raise `IntegrityError` unless an opened sum has the length of its codec."""
     if total.shape != (entries,):
         raise IntegrityError(f"a sum of shape {total.shape}, ({entries},) expected")
 
 
-def _check_owners(found: int, survivors: int) -> None:
+def check_owners(found: int, survivors: int) -> None:
+    """Raise `IntegrityError` unless the sum counts as many owners as survived."""
     if found != survivors:
         raise IntegrityError(
             f"the sum counts {found} owners, {survivors} survived: masks did not cancel",

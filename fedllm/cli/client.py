@@ -61,7 +61,9 @@ def join(
     home: Path = HOME,
     data: Path = typer.Option(..., help="Folder with train.jsonl and heldout.jsonl."),
     base: Path = typer.Option(..., help="Folder of the base model."),
-    max_epsilon: float = typer.Option(8.0, help="Refuse any round that would pass this, per record at delta."),
+    max_epsilon: float = typer.Option(8.0, help="Refuse any round that would pass this, per unit at delta."),
+    unit: str = typer.Option("record", help="Unit that epsilon is counted in: record, person or owner."),
+    unit_column: str = typer.Option("", help="Unit person: the key of each record that names the person."),
     delta: float = typer.Option(1e-5, help="Delta of the owner's limit."),
     allow_without_dp: bool = typer.Option(False, help="Accept rounds without differential privacy."),
     threads: int = typer.Option(1, help="CPU threads of training."),
@@ -91,13 +93,14 @@ def join(
             hint="ask the operator which base it is, and get the same: 'fedllm model show' prints a digest",
         )
     limits = _agreed(home, OwnerPolicy(
-        max_epsilon=max_epsilon, delta=delta, allowed_bases=(opened.digest,), allow_without_dp=allow_without_dp
+        max_epsilon=max_epsilon, delta=delta, allowed_bases=(opened.digest,), allow_without_dp=allow_without_dp,
+        unit=unit,
     ))  # fmt: skip
     settings = {
         "owner": owner, "federation": offer.federation, "data": str(data.absolute()), "base": str(base.absolute()),
         "coordinator_key": str(offer.coordinator_key), "roster": "roster.json", "superlink": offer.superlink,
         "transport": offer.transport, "max_tokens": offer.max_tokens, "threads": threads, "node_port": node_port,
-        **({"direct": offer.direct} if offer.direct else {}),
+        **({"direct": offer.direct} if offer.direct else {}), **({"unit_column": unit_column} if unit_column else {}),
     }  # fmt: skip
     lines = [f"{k} = {json.dumps(v)}" for k, v in settings.items()]
     with drafts(home) as scratch:
@@ -292,6 +295,11 @@ def policy_set(
         raise ConfigError(
             f"the ledger counts at delta {before.delta:g} and cannot change to {changed.delta:g}",
             hint="one ledger has one delta",
+        )
+    if changed.unit != before.unit and (home / LEDGER_FILE).is_file():
+        raise ConfigError(
+            f"the ledger counts by {before.unit} and cannot change to {changed.unit}",
+            hint="one ledger has one unit: what was spent in one says nothing in the other",
         )
     recorded = limit(home, changed.limit_epsilon, reason=reason)
     with drafts(home) as scratch:

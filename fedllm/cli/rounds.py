@@ -67,7 +67,6 @@ def plan(
     as_json: bool = JSON,
 ) -> None:
     """Show the plan that the whole roster would get, and what it costs; nobody is contacted."""
-    from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD
     from fedllm.privacy.mechanism import describe
     from fedllm.server.app import load_federation
     from fedllm.simulate.forecast import Forecast
@@ -79,13 +78,19 @@ def plan(
     forecast = Forecast.of(made, loaded.roster)
     tested = _tested(loaded.settings, made) if test else None
     epsilon = forecast.mechanism["epsilon"]
-    cost = describe(math.inf if epsilon is None else epsilon, made.mechanism.delta, UNIT_RECORD, RELATION_ADD_REMOVE)
+    mechanism = made.mechanism
+    cost = describe(math.inf if epsilon is None else epsilon, mechanism.delta, mechanism.unit, mechanism.relation)
     if as_json:
         print_json({**asdict(forecast), "test": None if tested is None else tested.to_json()})
     else:
         facts = [(k, v) for k, v in asdict(forecast).items() if k not in {"federation", "mechanism"}]
         print_table(f"{forecast.federation}: the next round, with everybody", ("what", "value"), facts)
-        print_line(f"one round costs {cost}" if made.mechanism.kind != "none" else "no differential privacy")
+        print_line(f"one round costs {cost}" if mechanism.covered else "no differential privacy")
+        if mechanism.shares is not None:
+            print_line(
+                f"noise over signal: {forecast.mechanism['noise_over_signal']:.3g} in the sum of {forecast.owners}"
+                f" owners, {mechanism.shares.honest} of whose noise is counted on"
+            )
         if tested is not None:
             print_report(tested)
     error = None if tested is None else failure(tested)

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ _SAMPLE_RATE = 0.5
 _DELTA = 1e-5
 _MOST_ROUNDS = 1000
 _LEAST_LOSSES, _MOST_LOSSES = 0.05, 0.3
+_MECHANISMS = {"record": "dp-sgd", "owner": "skellam"}
 _EXACT = {None: None, True: "yes", False: "NO"}
 
 
@@ -44,7 +46,8 @@ def simulate(
     straggler: float = typer.Option(0.0, help="Probability that one of an owner's messages comes too late."),
     corrupt: float = typer.Option(0.0, help="Probability that an owner misbehaves in a round."),
     seed: int = typer.Option(0, help="The same seed gives the same keys, masks, faults and report."),
-    epsilon: float | None = typer.Option(None, help="Budget per record over all rounds at δ = 1e-5; none: no noise."),
+    epsilon: float | None = typer.Option(None, help="Budget per unit over all rounds at δ = 1e-5; none: no noise."),
+    unit: str = typer.Option("record", help="Unit of the budget: record (DP-SGD), or owner (noise shares in the sum)."),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON document."),
 ) -> None:
     """Run rounds with the real protocol on a toy task; exit 0 if every round opened an exact sum, else 1."""
@@ -52,9 +55,12 @@ def simulate(
 
     if not 1 <= rounds <= _MOST_ROUNDS:
         raise ConfigError(f"rounds is {rounds}: 1 to {_MOST_ROUNDS} allowed")
+    if unit not in _MECHANISMS:
+        raise ConfigError(f"unit is {unit!r}: {', '.join(_MECHANISMS)} allowed")
     fates = drawn(seed, Chances(dropout, straggler, corrupt))
-    noise = None if epsilon is None else _noise(epsilon, rounds)
-    settings = toy_settings(owners, noise=noise, losses=dropout + straggler + corrupt)
+    settings = toy_settings(owners, noise=None, losses=dropout + straggler + corrupt)
+    if epsilon is not None:
+        settings = noised(settings, _MECHANISMS[unit], dim=dim, epsilon=epsilon, rounds=rounds)
     report = run(settings, dim=dim, rounds=rounds, fates=fates, seed=seed)
     if as_json:
         print_json(report.to_json())
@@ -144,10 +150,19 @@ def failure(report: SimulationReport) -> FedllmError | None:
     return None
 
 
-def _noise(epsilon: float, rounds: int) -> float:
-    from fedllm.privacy.calibrate import noise_multiplier
+def noised(
+    settings: FederationSettings, mechanism: str, *, dim: int, epsilon: float, rounds: int
+) -> FederationSettings:
+    """Return the settings with the noise multiplier of `mechanism` that spends `epsilon` over all rounds."""
+    from fedllm.privacy.calibrate import solve
+    from fedllm.server.mechanisms import least_survivors, make_mechanism
 
-    return noise_multiplier(epsilon=epsilon, delta=_DELTA, sample_rate=_SAMPLE_RATE, steps=rounds)
+    private = replace(settings, privacy=True, mechanism=mechanism, acknowledge_noise=True)
+    owners = len(private.declared_records)
+    least = least_survivors(private, owners, private.min_survivors)
+    template = make_mechanism(private, owners=owners, least=least, dimension=dim)
+    noise = solve(template, epsilon=epsilon, delta=_DELTA, rounds=rounds, unit=template.unit)
+    return replace(private, noise_multiplier=noise)
 
 
 @contextmanager

@@ -206,10 +206,24 @@ class Daemon:
         special = self._SPECIAL.get(type(body))
         if special is not None:
             return Answer(await special(self, envelope, body))
-        answer = self._active(envelope).answer(body)
+        going = self._active(envelope)
+        answer = going.answer(body)
         if isinstance(body, Unmask) and body.request.purpose == PURPOSE_UPDATE:
             self._store.forget()  # it is never masked again
+            await self._realised(going.plan, len(body.request.survivors))
         return answer
+
+    async def _realised(self, plan: RoundPlan, survivors: int) -> None:
+        """Note how much noise is in a sum that this owner helped to open: t survivors signed who is in it."""
+        shares = plan.mechanism.shares
+        if shares is not None:
+            honest = survivors - (plan.min_survivors - shares.honest)
+            try:
+                await asyncio.to_thread(self._ledger.realised, plan.digest, honest)
+            except OSError as error:  # without the line more stays charged, and the answer is not lost
+                telemetry.event(
+                    _LOG, "survivors not noted", level=logging.WARNING, round=plan.round, error=type(error).__name__
+                )
 
     def _with_result(self, envelope: Envelope, answer: Answer) -> Answer:
         """Return what the work that `answer` announces came to, if it has ended by now."""
@@ -244,10 +258,7 @@ class Daemon:
         )  # fmt: skip
         head = open_head(plan, body.head)
         sums = self._sums(plan)
-        await asyncio.to_thread(
-            self._ledger.reserve, federation=plan.federation, round_number=plan.round, plan_digest=plan.digest,
-            mechanism=plan.mechanism,
-        )  # fmt: skip
+        await asyncio.to_thread(self._reserve, plan)
         await self._end_round("replaced", f"round {plan.round} began")
         self._accepted.accept(plan.federation, plan.round)
         self._answers.clear()
@@ -268,7 +279,11 @@ class Daemon:
         going = self._active(envelope)
         if going.plan.digest != plan.digest:
             check_retry(plan, going.plan, self._policy, roster=self._roster, owner=self._owner)
-            going.retry(plan, self._sums(plan))
+            sums = self._sums(plan)
+            if plan.mechanism.shares is not None:
+                # the others may have opened the sum before, with this owner's update in it: this is another release
+                await asyncio.to_thread(self._reserve, plan)
+            going.retry(plan, sums)
             self._out.retire()
             telemetry.event(_LOG, "attempt accepted", round=plan.round, attempt=plan.attempt, plan=plan.digest[:16])
         return going.answer(FetchAdvertise()).body
@@ -278,6 +293,11 @@ class Daemon:
         if (plan.federation, plan.round) != (envelope.federation, envelope.round):
             raise StepMismatch(f"the plan is for round {plan.round} of {plan.federation!r}, its envelope is not")
         return plan
+
+    def _reserve(self, plan: RoundPlan) -> None:
+        self._ledger.reserve(
+            federation=plan.federation, round_number=plan.round, plan_digest=plan.digest, mechanism=plan.mechanism
+        )
 
     def _sums(self, plan: RoundPlan) -> OwnerSums:
         return OwnerSums(
@@ -327,7 +347,8 @@ class Daemon:
         self._store.forget()
         self._last_train_s = over.train_s or self._last_train_s
         settled = "aborted" if outcome in _NOT_COMPLETED else "completed"
-        await asyncio.to_thread(self._ledger.settle, over.begun, settled)
+        for plan in dict.fromkeys((over.begun, *over.charged)):
+            await asyncio.to_thread(self._ledger.settle, plan, settled)
         spent = await asyncio.to_thread(self._ledger.spent)
         budget = {"epsilon": spent if math.isfinite(spent) else None, "delta": self._ledger.delta}
         self._rounds.ended({**over.result(), "outcome": outcome, "reason": reason, **budget})

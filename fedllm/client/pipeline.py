@@ -1,7 +1,8 @@
 """From a trained adapter to the masked vector that leaves: the one place where privacy and aggregation meet.
 
 trained state -> method's update (local minus global) -> times the owner's weight -> fixed point on the ring ->
-masks. Everything before the last step stays in this process and has no wire form.
+masks; or, where the unit is an owner: update -> clipped to integers -> plus this owner's share of the noise -> masks.
+Everything before the last step stays in this process and has no wire form.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from fedllm.adapter import AdapterState
 from fedllm.aggregation.methods import get_method
+from fedllm.aggregation.noised import NoisedVector
 from fedllm.aggregation.secagg.masking import MaskedInput
 from fedllm.aggregation.secagg.owner import SecAggOwner
 from fedllm.aggregation.vector import OwnerScores, ScoreVector, UpdateTail, UpdateVector
@@ -22,6 +24,7 @@ from fedllm.client.trainer import Trained
 from fedllm.errors import NonFiniteUpdate, ProtocolError, StepMismatch, TwoViews
 from fedllm.identity import Roster, SigningIdentity
 from fedllm.ids import Digest, OwnerId
+from fedllm.messages.mechanism import SKELLAM
 from fedllm.messages.plan import RoundPlan
 from fedllm.messages.secagg import (
     PURPOSE_EVALUATION,
@@ -34,15 +37,18 @@ from fedllm.messages.secagg import (
     UnmaskRequest,
     UnmaskShares,
 )
+from fedllm.privacy.skellam import SumGrid
 from fedllm.rng import Rng
 
 RingVector = NDArray[np.uint32]
 
 
-def update_codec(plan: RoundPlan) -> UpdateVector:
+def update_codec(plan: RoundPlan) -> UpdateVector | NoisedVector:
     """Return the codec of a plan's update sum."""
-    layout = plan.spec.layout(get_method(plan.method).trainable(plan.round))
-    return UpdateVector(plan.ring, len(plan.cohort), layout.size, covered=plan.mechanism.kind != "none")
+    size, owners = plan.spec.layout(get_method(plan.method).trainable(plan.round)).size, len(plan.cohort)
+    if plan.mechanism.kind == SKELLAM:
+        return NoisedVector.of(plan.mechanism, ring_bits=plan.ring.bits, owners=owners, layout_size=size)
+    return UpdateVector(plan.ring, owners, size, covered=plan.mechanism.covered)
 
 
 def score_codec(plan: RoundPlan) -> ScoreVector:
@@ -78,7 +84,8 @@ def local_update(plan: RoundPlan, *, head: AdapterState, trained: Trained, train
 def encode_update(plan: RoundPlan, owner: OwnerId, local: LocalUpdate, rng: Rng) -> RingVector:
     """Return this owner's vector of the update sum, before masking.
 
-    Encoded anew for every attempt: cohort and weights differ, and the rounding is random.
+    Encoded anew for every attempt: cohort and weights differ, the rounding is random, and where noise is added here,
+    an attempt is a release of its own, with noise of its own, that the ledger was charged for.
 
     Parameters
     ----------
@@ -88,15 +95,18 @@ def encode_update(plan: RoundPlan, owner: OwnerId, local: LocalUpdate, rng: Rng)
     local : LocalUpdate
         Its loss is neither computed nor encoded under DP.
     rng : Rng
-        For stochastic rounding.
+        For stochastic rounding, and for this owner's share of the noise.
 
     Returns
     -------
     RingVector
         uint32, shape ``(entries,)``.
     """
+    codec = update_codec(plan)
+    if isinstance(codec, NoisedVector):
+        return codec.encode(SumGrid.of(plan.mechanism).noised(local.update, plan.mechanism, rng))
     tail = UpdateTail(records=local.records, train_loss=0.0 if local.mean_loss is None else local.mean_loss)
-    return update_codec(plan).encode(local.update, weight_of(plan, owner, local.records), tail, rng)
+    return codec.encode(local.update, weight_of(plan, owner, local.records), tail, rng)
 
 
 Observer = Callable[[OwnerId, RingVector], None]

@@ -13,6 +13,7 @@ from typing import Any
 from fedllm.adapter import AdapterState
 from fedllm.aggregation.methods import get_method
 from fedllm.aggregation.secagg import graph
+from fedllm.client.limits import check_privacy, check_same_shares, check_weights
 from fedllm.config import settle, unknown_key
 from fedllm.errors import (
     BaseMismatch,
@@ -28,16 +29,15 @@ from fedllm.errors import (
 )
 from fedllm.identity import Roster
 from fedllm.ids import Digest, OwnerId, check_digest
+from fedllm.messages.mechanism import DP_FTRL, DP_SGD, UNIT_OWNER, UNIT_PERSON, UNIT_RECORD
 from fedllm.messages.plan import MAX_ATTEMPTS, RoundPlan
 
 LEAST_SURVIVORS = 3
 """Of a sum of two, each owner could subtract its own and read the other's."""
+UNITS = (UNIT_RECORD, UNIT_PERSON, UNIT_OWNER)
 _SECTION = "policy"
 
 
-_LEAST_NOISE, _MOST_NOISE = 0.2, 1e4
-_LEAST_SAMPLE = 1.0
-_LEAST_CLIP = 1e-6
 _MOST_RATE = 1e4
 _MOST_BATCH = 4096
 
@@ -50,6 +50,9 @@ class OwnerPolicy:
     ----------
     max_epsilon, delta : float
         Refuse any round after which epsilon at `delta`, over all rounds so far, would pass `max_epsilon`.
+    unit : str
+        What epsilon is counted per: ``record``, ``person`` (records grouped by `unit_column` of the client's
+        settings) or ``owner``. Fixed once the ledger is begun.
     allowed_bases : tuple[Digest, ...]
         Content digests of the base models that may be fine-tuned.
     allowed_methods : tuple[str, ...]
@@ -79,6 +82,7 @@ class OwnerPolicy:
     max_local_steps: int = 1000
     max_size_ratio: float = 20.0
     min_corruption: float = 0.05
+    unit: str = UNIT_RECORD
 
     def __post_init__(self) -> None:
         """Refuse limits that limit nothing."""
@@ -92,6 +96,8 @@ class OwnerPolicy:
                 f"min_cohort {self.min_cohort}, min_survivors {self.min_survivors}: {LEAST_SURVIVORS} at least",
                 hint="with two owners in a sum, each can subtract its own part and read the other's",
             )
+        if self.unit not in UNITS:
+            raise ConfigError(f"unit {self.unit!r}: {', '.join(UNITS)} allowed")
         if min(self.max_rank, self.max_tokens, self.max_local_steps) < 1:
             raise ConfigError("max_rank, max_tokens and max_local_steps must be positive")
         for base in self.allowed_bases:
@@ -197,8 +203,8 @@ def check_plan(
         raise RoundReplayed(f"round {plan.round} begins with attempt {plan.attempt}, 1 expected")
     _check_cohort(plan, policy, roster, owner)
     _check_base(plan, policy, base)
-    _check_privacy(plan, policy)
-    _check_weights(plan, policy)
+    check_privacy(plan, policy)
+    check_weights(plan, policy)
     _check_work(plan, policy)
 
 
@@ -240,6 +246,7 @@ def check_retry(plan: RoundPlan, before: RoundPlan, policy: OwnerPolicy, *, rost
     ):
         if any(now[each] != then.get(each) for each in now):
             raise PlanChanged(f"attempt {plan.attempt} at round {plan.round} changes a {what}")
+    check_same_shares(plan, before)
     _check_cohort(plan, policy, roster, owner)
 
 
@@ -281,51 +288,6 @@ def _check_base(plan: RoundPlan, policy: OwnerPolicy, base: Digest) -> None:
         )
 
 
-def _check_privacy(plan: RoundPlan, policy: OwnerPolicy) -> None:
-    mechanism = plan.mechanism
-    if mechanism.kind == "none":
-        if not policy.allow_without_dp:
-            raise PolicyRefused(
-                "the plan trains without differential privacy, dp-sgd is required here",
-                hint="fedllm client policy set allow_without_dp true, if this owner's people agree",
-            )
-        return
-    # Numbers beyond these cost the accountant minutes, or make rounds that train nothing and still score.
-    if not _LEAST_NOISE <= mechanism.noise_multiplier <= _MOST_NOISE:
-        raise PolicyRefused(
-            f"the plan's noise multiplier is {mechanism.noise_multiplier:g}, {_LEAST_NOISE} to {_MOST_NOISE:g} allowed"
-        )
-    if mechanism.sample_rate * min(plan.declared_records.values()) < _LEAST_SAMPLE:
-        raise PolicyRefused(
-            f"the plan samples {mechanism.sample_rate:g} of each owner's records: at least {_LEAST_SAMPLE} expected"
-        )
-    if not _LEAST_CLIP <= mechanism.clip_norm <= 1 / _LEAST_CLIP:
-        raise PolicyRefused(f"the plan's clip norm is {mechanism.clip_norm:g}, {_LEAST_CLIP:g} to {1 / _LEAST_CLIP:g}")
-    if mechanism.delta > policy.delta:
-        raise PolicyRefused(f"the plan's delta is {mechanism.delta:g}, at most {policy.delta:g} allowed")
-    if mechanism.steps != plan.recipe.steps:
-        raise PolicyRefused(
-            f"the plan charges {mechanism.steps} noisy steps and trains {plan.recipe.steps}; the two must be equal"
-        )
-
-
-def _check_weights(plan: RoundPlan, policy: OwnerPolicy) -> None:
-    """Refuse weights and sizes by which one owner's update would be all there is in the sum."""
-    declared = plan.declared_records
-    largest, smallest = max(declared.values()), min(declared.values())
-    if largest > policy.max_size_ratio * smallest:
-        raise PolicyRefused(
-            f"the plan's declared sizes run from {smallest} to {largest}, "
-            f"a ratio of at most {policy.max_size_ratio:g} is allowed",
-            hint="fedllm client policy set max_size_ratio, if the sizes are true",
-        )
-    if plan.mechanism.kind == "none":
-        if plan.weights is not None:
-            raise PolicyRefused("the plan sets weights; without DP each owner weighs by its own masked count")
-    elif plan.weights != {owner: count / largest for owner, count in declared.items()}:
-        raise PolicyRefused("the plan's weights are not the declared sizes over the largest declared size")
-
-
 def _check_work(plan: RoundPlan, policy: OwnerPolicy) -> None:
     if plan.method not in policy.allowed_methods:
         raise PolicyRefused(f"the plan's method is {plan.method!r}, allowed here: {', '.join(policy.allowed_methods)}")
@@ -344,7 +306,7 @@ def _check_work(plan: RoundPlan, policy: OwnerPolicy) -> None:
             raise PolicyRefused(f"the plan's {name} is {found}, 1 to {most} allowed")
     if not 0 < recipe.learning_rate <= _MOST_RATE:
         raise PolicyRefused(f"the plan's learning rate is {recipe.learning_rate:g}, up to {_MOST_RATE:g} allowed")
-    wanted = ("adamw", "sgd") if plan.mechanism.kind == "none" else ("sgd",)
+    wanted = ("sgd",) if plan.mechanism.kind in {DP_SGD, DP_FTRL} else ("adamw", "sgd")
     if recipe.optimizer not in wanted:
         raise PolicyRefused(f"the plan's optimizer is {recipe.optimizer!r}, {' or '.join(wanted)} allowed")
 

@@ -7,22 +7,25 @@ for the next attempt if there is one.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
-from fedllm.adapter import AdapterState
+from fedllm import telemetry
+from fedllm.adapter import AdapterState, Factor
 from fedllm.aggregation.methods import get_method
 from fedllm.aggregation.secagg.masking import MaskedInput
 from fedllm.aggregation.vector import OwnerScores
 from fedllm.client.kept import LocalUpdate
 from fedllm.client.pipeline import OwnerSums, local_update
-from fedllm.client.trainer import Scores, Trainer
+from fedllm.client.trainer import Scores, Trained, Trainer
 from fedllm.clock import Clock
-from fedllm.errors import SharesUnopenable, StepMismatch, TwoViews
+from fedllm.errors import AdapterInvalid, NonFiniteUpdate, SharesUnopenable, StepMismatch, TwoViews
 from fedllm.ids import Digest, OwnerId
+from fedllm.messages.mechanism import UNIT_OWNER
 from fedllm.messages.plan import RoundPlan
 from fedllm.messages.round import (
     Advertised,
@@ -46,6 +49,7 @@ from fedllm.messages.round import (
 from fedllm.messages.secagg import PURPOSE_EVALUATION, PURPOSE_UPDATE
 from fedllm.rng import Rng
 
+_LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 _FIRST_RETRY_S = 2.0
 _LONGEST_RETRY_S = 30.0
@@ -152,6 +156,7 @@ class OwnerRound:
     ) -> None:
         self.plan = plan
         self.begun = plan.digest
+        self.charged: list[Digest] = []
         self._head = head
         self._owner = owner
         self._sums = sums
@@ -182,6 +187,8 @@ class OwnerRound:
             raise StepMismatch("a candidate was scored in this round: its sum of updates was opened, by what it says")
         self._sums.close()
         self.plan, self._sums = plan, sums
+        if plan.mechanism.shares is not None:
+            self.charged.append(plan.digest)
 
     def working(self, body: Body) -> Future[Any] | None:
         """Return the work that a reply says is under way, None if there is none or it is done."""
@@ -248,11 +255,21 @@ class OwnerRound:
         began_s = self._progress.began_s = self._clock.monotonic()
         plan = self.plan
         factors = get_method(plan.method).trainable(plan.round)
-        trained = self._trainer.fit(self._head, plan, factors, self._rng, self._step_done)
+        trained = self._fitted(factors)
         local = local_update(plan, head=self._head, trained=trained, train_s=self._clock.monotonic() - began_s)
         self._check_wanted()
         self._keep(local)
         return local
+
+    def _fitted(self, factors: tuple[Factor, ...]) -> Trained:
+        try:
+            return self._trainer.fit(self._head, self.plan, factors, self._rng, self._step_done)
+        except (NonFiniteUpdate, AdapterInvalid) as error:
+            if self.plan.mechanism.unit != UNIT_OWNER:
+                raise
+            # To refuse would tell something of this owner's data outside the noise: it adds nothing to the sum instead.
+            telemetry.event(_LOG, "training diverged", level=logging.WARNING, round=self.plan.round, code=error.code)
+            return Trained(self._head, self._trainer.records, None, 0, 0.0)
 
     def _score(self, candidate: AdapterState) -> tuple[Scores, Scores]:
         self._check_wanted()

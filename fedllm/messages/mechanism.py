@@ -209,6 +209,35 @@ class Mechanism:
             return self.noise_multiplier
         return 1 / math.sqrt(self.noise_multiplier**-2 - (2 * self.adaptive.count_noise) ** -2)
 
+    def realised(self, honest: int) -> Mechanism:
+        """Return what a sum with `honest` honest shares in it cost: never more than with those counted on.
+
+        Every share keeps its variance; more of them are more noise.
+        """
+        if self.shares is None:
+            raise ValueError(f"{self.kind} has no noise shares")
+        found = max(honest, self.shares.honest)
+        return dataclasses.replace(
+            self,
+            noise_multiplier=self.noise_multiplier * math.sqrt(found / self.shares.honest),
+            shares=dataclasses.replace(self.shares, honest=found),
+        )
+
+    def sum_std(self, owners: int) -> float:
+        """Return the standard deviation, in grid steps, of an entry's noise in a sum of `owners` shares.
+
+        Every share has variance ``(noise_multiplier * clip_steps)^2 / honest``.
+        """
+        if self.shares is None:
+            raise ValueError(f"{self.kind} has no noise shares")
+        return self.noise_multiplier * self.shares.clip_steps * math.sqrt(owners / self.shares.honest)
+
+    def noise_over_signal(self, owners: int) -> float:
+        """Return the L2 norm of the noise in a sum over the largest norm that `owners` clipped updates add up to."""
+        if self.shares is None:
+            raise ValueError(f"{self.kind} has no noise shares")
+        return self.sum_std(owners) * math.sqrt(self.shares.dimension) / (owners * self.shares.clip_steps)
+
     def to_fields(self) -> dict[str, Any]:
         """Return plain names and values, for JSON; parts that are None are left out."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}

@@ -7,14 +7,17 @@ from collections.abc import Collection
 
 from fedllm.aggregation.fixedpoint import RING_BITS, required_bits
 from fedllm.aggregation.methods import get_method
+from fedllm.aggregation.methods.support import check as check_method
+from fedllm.aggregation.noised import needed_bits
 from fedllm.aggregation.secagg import graph
 from fedllm.config import FederationSettings
 from fedllm.errors import NotReady, PolicyRefused
 from fedllm.ids import OwnerId, RoundNumber
-from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
+from fedllm.messages.mechanism import Mechanism
 from fedllm.messages.plan import NONCE_BYTES, PLAN_VERSION, Recipe, Ring, RoundPlan
 from fedllm.rng import Rng
 from fedllm.server.federation import Federation, Head
+from fedllm.server.mechanisms import least_survivors, make_mechanism, public_weights
 
 LEAST_SURVIVORS = 3
 """A sum of fewer updates is never published: with two, each owner can subtract itself and read the other."""
@@ -60,7 +63,10 @@ def make_plan(federation: Federation, head: Head, number: int, available: Collec
         )
     peers = graph.parameters(len(cohort), settings.corruption, settings.dropout)
     declared = {str(owner): settings.declared_records[owner] for owner in cohort}
-    mechanism = _mechanism(settings)
+    layout = federation.spec.layout(get_method(settings.method).trainable(number))
+    least = least_survivors(settings, len(cohort), least)
+    mechanism = make_mechanism(settings, owners=len(cohort), least=least, dimension=layout.size)
+    check_method(settings.method, mechanism, mixed_ranks=any(rank != settings.rank for rank in settings.ranks.values()))
     return RoundPlan(
         version=PLAN_VERSION,
         federation=federation.name,
@@ -77,9 +83,9 @@ def make_plan(federation: Federation, head: Head, number: int, available: Collec
         spec=federation.spec,
         head=head.state.digest,
         head_version=head.version,
-        layout=federation.spec.layout(get_method(settings.method).trainable(number)).digest,
+        layout=layout.digest,
         method=settings.method,
-        weights=_public_weights(declared) if mechanism.kind != "none" else None,
+        weights=public_weights(mechanism, declared),
         declared_records=declared,
         recipe=Recipe(
             optimizer=settings.optimizer,
@@ -90,7 +96,7 @@ def make_plan(federation: Federation, head: Head, number: int, available: Collec
             max_tokens=settings.max_tokens,
         ),
         mechanism=mechanism,
-        ring=Ring(ring_bits(settings.value_bits, len(cohort)), settings.value_bits, settings.clip_range),
+        ring=_ring(settings, mechanism, len(cohort)),
         train_deadline_s=settings.train_deadline_s,
         phase_deadline_s=settings.phase_deadline_s,
     )
@@ -119,7 +125,17 @@ def next_attempt(plan: RoundPlan, left: Collection[OwnerId], rng: Rng) -> RoundP
 
 def ring_bits(value_bits: int, owners: int) -> int:
     """Return the smallest ring of whole bytes in which `owners` entries of `value_bits` bits never wrap around."""
-    needed = required_bits(owners, value_bits)
+    return _whole_bytes(required_bits(owners, value_bits), value_bits, owners)
+
+
+def _ring(settings: FederationSettings, mechanism: Mechanism, owners: int) -> Ring:
+    if mechanism.shares is None:
+        return Ring(ring_bits(settings.value_bits, owners), settings.value_bits, settings.clip_range)
+    needed = needed_bits(owners, mechanism.shares.clip_steps, mechanism.sum_std(owners))
+    return Ring(_whole_bytes(needed, settings.value_bits, owners), settings.value_bits, mechanism.clip_norm)
+
+
+def _whole_bytes(needed: int, value_bits: int, owners: int) -> int:
     for bits in RING_BITS:
         if bits >= needed and bits > value_bits:
             return bits
@@ -127,24 +143,3 @@ def ring_bits(value_bits: int, owners: int) -> int:
         f"{owners} owners at value_bits {value_bits} need a ring of {needed} bits, 32 is the largest",
         hint="set value_bits lower",
     )
-
-
-def _mechanism(settings: FederationSettings) -> Mechanism:
-    if not settings.privacy:
-        return Mechanism.none()
-    return Mechanism(
-        kind="dp-sgd",
-        unit=UNIT_RECORD,
-        relation=RELATION_ADD_REMOVE,
-        noise_multiplier=settings.noise_multiplier,
-        clip_norm=settings.clip_norm,
-        sample_rate=settings.sample_rate,
-        steps=settings.local_steps,
-        delta=settings.delta,
-    )
-
-
-def _public_weights(declared: dict[str, int]) -> dict[str, float]:
-    # shares of the largest declared size, so that no weight passes 1 and none depends on a private count
-    largest = max(declared.values())
-    return {owner: count / largest for owner, count in declared.items()}

@@ -66,5 +66,5 @@ class Gate(Protocol):
         """Return the verdict on a candidate from masked sums only."""
 
 
-EpsilonOf = Callable[[Sequence[Mechanism], float], float | None]
-"""(mechanisms of every round planned, delta) to epsilon; None when nothing bounds it."""
+EpsilonOf = Callable[[Sequence[Mechanism], float, str], float | None]
+"""(mechanisms of every round planned, delta, unit) to epsilon; None when nothing bounds it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fedllm import wire
@@ -57,7 +57,8 @@ class Forecast:
     exchanges : int
         Requests to each owner in a round in which training and scoring end in time.
     mechanism : dict
-        Of one round: as planned, with epsilon (None: no guarantee).
+        Of one round: as planned, with epsilon (None: no guarantee), and the noise over the signal of its sum where
+        owners add the noise together.
     """
 
     federation: str
@@ -92,8 +93,11 @@ class Forecast:
         entries = update_codec(plan).entries
         terms = SumTerms.of(plan, PURPOSE_UPDATE, roster, ring_bits=plan.ring.bits, entries=entries)
         replies = _replies(plan, complete=terms.complete)
-        private = plan.mechanism.kind != "none"
-        epsilon = advisory_epsilon([plan.mechanism], plan.mechanism.delta) if private else None
+        mechanism = plan.mechanism
+        epsilon = advisory_epsilon([mechanism], mechanism.delta, mechanism.unit) if mechanism.covered else None
+        numbers = {**mechanism.to_fields(), "epsilon": epsilon}
+        if mechanism.shares is not None:
+            numbers["noise_over_signal"] = mechanism.noise_over_signal(len(plan.cohort))
         return cls(
             federation=plan.federation,
             method=plan.method,
@@ -111,7 +115,7 @@ class Forecast:
             value_bits=plan.ring.value_bits,
             upload_bytes=sum(_sealed_bytes(plan, body) for body in replies) + _vector_bytes(plan),
             exchanges=len(replies),
-            mechanism={**asdict(plan.mechanism), "epsilon": epsilon},
+            mechanism=numbers,
         )
 
 

@@ -17,7 +17,6 @@ from fedllm.aggregation.plain import plain_sum
 from fedllm.clock import Clock, FakeClock
 from fedllm.config import FederationSettings
 from fedllm.ids import OwnerId
-from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD
 from fedllm.messages.plan import RoundPlan
 from fedllm.registry.store import Registry
 from fedllm.relay.memory import MemoryCarrier
@@ -165,8 +164,8 @@ class _Stage:
             value_bits=plan.ring.value_bits,
             privacy={
                 "epsilon": None if math.isinf(spent) else spent,
-                "unit": UNIT_RECORD,
-                "relation": RELATION_ADD_REMOVE,
+                "unit": plan.mechanism.unit,
+                "relation": plan.mechanism.relation,
                 "delta": settings.delta,
             },
             upload_bytes=self._most_up,

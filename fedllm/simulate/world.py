@@ -19,6 +19,7 @@ from fedllm.config import FederationSettings
 from fedllm.errors import ConfigError
 from fedllm.identity import Roster, SigningIdentity
 from fedllm.ids import Digest, FederationName, OwnerId
+from fedllm.messages.mechanism import SKELLAM, UNIT_OWNER, UNIT_RECORD
 from fedllm.messages.plan import RoundPlan
 from fedllm.privacy.ledger import Ledger
 from fedllm.privacy.noise import GaussianGrid
@@ -89,7 +90,7 @@ class Cast:
                 f"{len(owners)} owners: 3 to {MOST_OWNERS} allowed",
                 hint="a sum of fewer than 3 updates is never published",
             )
-        if settings.privacy:
+        if settings.privacy and settings.mechanism != SKELLAM:
             GaussianGrid(settings.noise_multiplier * settings.clip_norm).check(dim, settings.clip_norm)
         spec = toy_spec(dim, settings.method)
         made = replace(settings, rank=spec.rank, alpha=spec.alpha, target_modules=(_MODULE,), last_layers=1)
@@ -108,10 +109,10 @@ class Cast:
         home.mkdir(parents=True)
         settings, key = self.federation.settings, self.keys[owner]
         policy = _policy(settings)
-        trainer = ToyTrainer(_BASE, owner, settings.declared_records[owner], pool=pool)
+        trainer = ToyTrainer(_BASE, owner, settings.declared_records[owner], pool=pool, streams=home / "streams")
         ledger = Ledger.open(
             home / "ledger.jsonl", key, clock, dataset=trainer.dataset, limit_epsilon=policy.limit_epsilon,
-            delta=policy.delta,
+            delta=policy.delta, unit=policy.unit,
         )  # fmt: skip
         daemon = Daemon(
             owner=owner, federation=FederationName(settings.name), home=home, identity=key,
@@ -167,4 +168,5 @@ def _policy(settings: FederationSettings) -> OwnerPolicy:
         max_local_steps=max(1, settings.local_steps),
         max_size_ratio=max(1.0, math.ceil(max(sizes) / min(sizes))),
         min_corruption=0.0,
+        unit=UNIT_OWNER if settings.mechanism == SKELLAM else UNIT_RECORD,
     )

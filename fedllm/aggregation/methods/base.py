@@ -19,6 +19,10 @@ class Method(Protocol):
     def name(self) -> str:
         """Its name in plans."""
 
+    @property
+    def one_rank(self) -> str | None:
+        """Why all owners must have the same rank; None if they need not."""
+
     def trainable(self, round_number: int) -> tuple[Factor, ...]:
         """Return the factors trained and sent in a round."""
 

@@ -22,6 +22,7 @@ class FedIt:
     """
 
     name: ClassVar[str] = "fedit"
+    one_rank: ClassVar[str | None] = "factors of other shapes do not add up, and padding would average in zeros"
 
     def trainable(self, round_number: int) -> tuple[Factor, ...]:  # noqa: ARG002 - the same in every round
         """Return ``("A", "B")``."""

@@ -21,6 +21,7 @@ class Ffa:
     """
 
     name: ClassVar[str] = "ffa"
+    one_rank: ClassVar[str | None] = "the columns of B belong to the rows of one shared A, and a sum needs all of them"
 
     def trainable(self, round_number: int) -> tuple[Factor, ...]:  # noqa: ARG002 - the same in every round
         """Return ``("B",)``."""

@@ -8,11 +8,12 @@ from fedllm.adapter import AdapterState
 from fedllm.aggregation.methods import get_method
 from fedllm.aggregation.rules import Rule
 from fedllm.aggregation.vector import ScoreSum, UpdateSum
-from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD
+from fedllm.messages.mechanism import UNIT_OWNER
 from fedllm.registry.model import AdapterVersion, PrivacyRecord
 from fedllm.registry.store import VersionDraft
 from fedllm.server.ports import EpsilonOf, RoundState
 from fedllm.server.rounds.context import RoundContext
+from fedllm.server.rounds.epsilon import released
 
 
 def aggregate(context: RoundContext, opened: UpdateSum, rule: Rule) -> AdapterState:
@@ -46,7 +47,9 @@ def add_version(
         None when too few owners scored it.
     """
     plan = context.plan
-    metrics = {"train_s": context.train_s, "saturated": opened.saturated}
+    metrics = {"train_s": context.train_s}
+    if opened.saturated is not None:
+        metrics["saturated"] = opened.saturated
     if opened.train_loss is not None:
         metrics["train_loss"] = opened.train_loss
     if scores is not None:
@@ -75,14 +78,19 @@ def add_version(
 
 
 async def privacy_record(context: RoundContext, epsilon_of: EpsilonOf) -> PrivacyRecord:
-    """Return the advisory statement: every round planned so far, aborted ones included, composed."""
-    delta = context.federation.settings.delta
-    mechanisms = [r.plan.mechanism for r in context.journal.rounds(context.name) if r.number <= context.number]
+    """Return the advisory statement: every round planned so far, aborted ones included, composed.
+
+    Its unit is that of this round's mechanism; rounds of a federation that changed it bound nothing, or less.
+    """
+    delta, plan = context.federation.settings.delta, context.plan
+    rounds = [record for record in context.journal.rounds(context.name) if record.number <= context.number]
+    mechanisms = [mechanism for record in rounds for mechanism in released(record)]
+    what = "all that each owner holds" if plan.mechanism.unit == UNIT_OWNER else "each owner's training records"
     return PrivacyRecord(
-        unit=UNIT_RECORD,
-        relation=RELATION_ADD_REMOVE,
-        epsilon=await asyncio.to_thread(epsilon_of, mechanisms, delta),
+        unit=plan.mechanism.unit,
+        relation=plan.mechanism.relation,
+        epsilon=await asyncio.to_thread(epsilon_of, mechanisms, delta, plan.mechanism.unit),
         delta=delta,
-        covers=f"each owner's training records over rounds 1 to {context.number}; held-out scores are outside it",
+        covers=f"{what} over rounds 1 to {context.number}; held-out scores are outside it",
         source="advisory",
     )

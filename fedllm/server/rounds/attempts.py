@@ -8,11 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.aggregation.methods import get_method
+from fedllm.aggregation.noised import NoisedVector
 from fedllm.aggregation.secagg.coordinator import SecAggCoordinator
 from fedllm.aggregation.vector import ScoreVector, UpdateSum, UpdateVector
 from fedllm.errors import RoundAborted
 from fedllm.identity import Roster
 from fedllm.ids import OwnerId
+from fedllm.messages.mechanism import SKELLAM
 from fedllm.messages.plan import RoundPlan, SignedPlan
 from fedllm.messages.round import Ended
 from fedllm.messages.secagg import PURPOSE_EVALUATION, PURPOSE_UPDATE
@@ -35,15 +37,12 @@ _RESTARTED = frozenset({"step-mismatch", "two-views"})
 """With these an owner refuses an attempt that an earlier process of its daemon took part in."""
 
 
-def update_vector(plan: RoundPlan) -> UpdateVector:
+def update_vector(plan: RoundPlan) -> UpdateVector | NoisedVector:
     """Return the codec of a plan's update sum."""
-    factors = get_method(plan.method).trainable(int(plan.round))
-    return UpdateVector(
-        ring=plan.ring,
-        owners=len(plan.cohort),
-        layout_size=plan.spec.layout(factors).size,
-        covered=plan.mechanism.kind != "none",
-    )
+    size, owners = plan.spec.layout(get_method(plan.method).trainable(plan.round)).size, len(plan.cohort)
+    if plan.mechanism.kind == SKELLAM:
+        return NoisedVector.of(plan.mechanism, ring_bits=plan.ring.bits, owners=owners, layout_size=size)
+    return UpdateVector(plan.ring, owners, size, covered=plan.mechanism.covered)
 
 
 def machines(plan: RoundPlan, roster: Roster) -> tuple[SecAggCoordinator, SecAggCoordinator]:

@@ -129,7 +129,7 @@ def daemon(owner: str, home: Path, *, clock: FakeClock | None = None, **changes:
     policy = changes.pop("policy", POLICY)
     ledger = Ledger.open(
         home / "ledger.jsonl", IDENTITIES[owner], clock, dataset=trainer.dataset,
-        limit_epsilon=policy.limit_epsilon, delta=policy.delta,
+        limit_epsilon=policy.limit_epsilon, delta=policy.delta, unit=policy.unit,
     )  # fmt: skip
     fields: dict[str, Any] = {
         "owner": OwnerId(owner), "federation": FEDERATION, "home": home, "identity": IDENTITIES[owner],
