@@ -10,7 +10,7 @@ from importlib import import_module
 
 from benchmarks.document import GATE_FAILED, Document, show
 
-NAMES = ("secagg", "dp_step", "serving", "round")
+NAMES = ("secagg", "dp_step", "privacy_audit", "serving", "round")
 
 
 def one(name: str, flags: list[str]) -> tuple[int, Document]:

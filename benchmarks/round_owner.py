@@ -54,7 +54,14 @@ class KnownUpdate:
         return sha256(f"known/{self.owner}".encode())
 
     def fit(
-        self, head: AdapterState, plan: RoundPlan, factors: tuple[Factor, ...], rng: Rng, progress: Progress
+        self,
+        head: AdapterState,
+        plan: RoundPlan,
+        factors: tuple[Factor, ...],
+        rng: Rng,
+        progress: Progress,
+        *,
+        charged: int = 0,  # noqa: ARG002 - as the port has it
     ) -> Trained:
         """Return the head moved by the known update."""
         del rng

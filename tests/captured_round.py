@@ -141,7 +141,14 @@ class KeepingTrainer:
         return self.trainer.records
 
     def fit(
-        self, head: AdapterState, plan: RoundPlan, factors: tuple[Factor, ...], rng: Rng, progress: Progress
+        self,
+        head: AdapterState,
+        plan: RoundPlan,
+        factors: tuple[Factor, ...],
+        rng: Rng,
+        progress: Progress,
+        *,
+        charged: int = 0,
     ) -> Trained:
         """Train, and keep the update."""
         trained = self.trainer.fit(head, plan, factors, rng, progress)

@@ -117,6 +117,7 @@ def print_report(report: SimulationReport) -> None:
         ("secrets shared with", f"{graph}, {report.threshold} of the shares open one"),
         ("ring", f"{report.ring_bits} bits, values of {report.value_bits}"),
         ("charged to an owner's ledger", describe(spent, privacy["delta"], privacy["unit"], privacy["relation"])),
+        *([] if privacy["noise_over_signal"] is None else [("noise over signal", privacy["noise_over_signal"])]),
         ("bytes an owner sent in a round, at most", report.upload_bytes),
         ("seconds", report.seconds), ("peak GiB", report.peak_gib),
     ]  # fmt: skip

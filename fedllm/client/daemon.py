@@ -265,6 +265,7 @@ class Daemon:
         self._round = OwnerRound(
             plan, head, self._owner, sums=sums, trainer=self._trainer, scores=self._scores, worker=self._worker,
             clock=self._clock, rng=self._rng, keep=lambda local: self._store.save(Kept(body.plan, body.head, local)),
+            charged=self._charged_steps(plan),
         )  # fmt: skip
         telemetry.event(_LOG, "round accepted", federation=plan.federation, round=plan.round, plan=plan.digest[:16])
         return Started(self._last_train_s)
@@ -330,6 +331,14 @@ class Daemon:
         """Return the last round the ledger was charged for: a charged round is never trained a second time."""
         mine = (r.round_number for r in self._ledger.reservations() if r.federation == federation)
         return max(mine, default=0)
+
+    def _charged_steps(self, plan: RoundPlan) -> int:
+        """Return how many steps of a plan's stream other plans were charged for: their noise is never drawn again."""
+        stream = plan.mechanism.stream
+        if stream is None:
+            return 0
+        others = [r.mechanism for r in self._ledger.reservations() if r.plan_digest != plan.digest]
+        return sum(m.steps for m in others if m.stream is not None and m.stream.name == stream.name)
 
     async def _close(self, envelope: Envelope, body: Close) -> Body:
         if self._round is not None and self._round.plan.round == envelope.round:

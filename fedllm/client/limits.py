@@ -35,7 +35,7 @@ def check_privacy(plan: RoundPlan, policy: OwnerPolicy) -> None:
     if mechanism.kind == NONE:
         if not policy.allow_without_dp:
             raise PolicyRefused(
-                "the plan trains without differential privacy, which is required here",
+                "the plan trains without differential privacy; dp-sgd, dp-ftrl or skellam is required here",
                 hint="fedllm client policy set allow_without_dp true, if this owner's people agree",
             )
         return

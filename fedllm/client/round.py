@@ -135,6 +135,8 @@ class OwnerRound:
     clock, rng
     keep : Callable[[LocalUpdate], None]
         Called once with what training made, before any of it is used.
+    charged : int
+        Steps of the plan's stream, if it has one, that other plans were charged for before.
     local : LocalUpdate, optional
         What an earlier process trained for this round: it is not trained again.
     """
@@ -152,6 +154,7 @@ class OwnerRound:
         clock: Clock,
         rng: Rng,
         keep: Callable[[LocalUpdate], None],
+        charged: int = 0,
         local: LocalUpdate | None = None,
     ) -> None:
         self.plan = plan
@@ -166,6 +169,7 @@ class OwnerRound:
         self._clock = clock
         self._rng = rng
         self._keep = keep
+        self._charged_before = charged
         self._over = threading.Event()
         self._progress = _Progress("training", clock.monotonic(), 0, plan.recipe.steps)
         self._candidate: Digest | None = None
@@ -263,7 +267,9 @@ class OwnerRound:
 
     def _fitted(self, factors: tuple[Factor, ...]) -> Trained:
         try:
-            return self._trainer.fit(self._head, self.plan, factors, self._rng, self._step_done)
+            return self._trainer.fit(
+                self._head, self.plan, factors, self._rng, self._step_done, charged=self._charged_before
+            )
         except (NonFiniteUpdate, AdapterInvalid) as error:
             if self.plan.mechanism.unit != UNIT_OWNER:
                 raise

@@ -228,14 +228,14 @@ class Mechanism:
 
         Every share has variance ``(noise_multiplier * clip_steps)^2 / honest``.
         """
-        if self.shares is None:
-            raise ValueError(f"{self.kind} has no noise shares")
+        if self.shares is None or owners < 1:
+            raise ValueError(f"a sum of {owners} owners, {self.kind}: noise shares of at least 1 owner needed")
         return self.noise_multiplier * self.shares.clip_steps * math.sqrt(owners / self.shares.honest)
 
     def noise_over_signal(self, owners: int) -> float:
         """Return the L2 norm of the noise in a sum over the largest norm that `owners` clipped updates add up to."""
-        if self.shares is None:
-            raise ValueError(f"{self.kind} has no noise shares")
+        if self.shares is None or owners < 1:
+            raise ValueError(f"a sum of {owners} owners, {self.kind}: noise shares of at least 1 owner needed")
         return self.sum_std(owners) * math.sqrt(self.shares.dimension) / (owners * self.shares.clip_steps)
 
     def to_fields(self) -> dict[str, Any]:

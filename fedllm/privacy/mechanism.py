@@ -1,4 +1,4 @@
-"""A `Mechanism` in words and as the accountant's event."""
+"""Epsilon and a `Mechanism` in words, and the accountant's library."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ def describe(epsilon: float, delta: float, unit: str, relation: str) -> str:
     return f"ε = {value} per {unit} ({relation}), δ = {delta:g}"
 
 
-def to_event(mechanism: Mechanism) -> Any:
-    """Return the ``dp_accounting.DpEvent`` of one round.
+def describe_noise(mechanism: Mechanism) -> str:
+    """Return the numbers of a mechanism's noise in one phrase, for tables and logs.
 
-    DP-SGD is the Poisson-sampled Gaussian mechanism composed with itself `steps` times (Abadi et al. 2016);
-    the absence of a mechanism is `NonPrivateDpEvent`, whose epsilon is infinite.
-
-    Raises
-    ------
-    MissingExtra
-        If dp-accounting is not installed.
+    ``2 steps, sample rate 0.25, noise multiplier 0.81, clip norm 0.05``.
     """
-    dp = load_dp_accounting()
-    if mechanism.kind == "none":
-        return dp.NonPrivateDpEvent()
-    gaussian = dp.GaussianDpEvent(mechanism.noise_multiplier)
-    return dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(mechanism.sample_rate, gaussian), mechanism.steps)
+    if not mechanism.covered:
+        return "no noise"
+    noise = f"noise multiplier {mechanism.noise_multiplier:g}, clip norm {mechanism.clip_norm:g}"
+    if (shares := mechanism.shares) is not None:
+        return f"{noise} ({shares.clip_steps} grid steps), {shares.honest} honest shares, {shares.dimension} entries"
+    steps = f"{mechanism.steps} step{'s' if mechanism.steps > 1 else ''}"
+    if (stream := mechanism.stream) is not None:
+        return f"{steps} of {stream.steps} of stream {stream.name!r}, band {stream.band}, {noise} for the whole stream"
+    if (adaptive := mechanism.adaptive) is not None:
+        noise += (
+            f" at first, then quantile {adaptive.quantile:g} (gradients' noise {mechanism.gradient_noise:.4g},"
+            f" count's {adaptive.count_noise:g})"
+        )
+    return f"{steps}, sample rate {mechanism.sample_rate:g}, {noise}"
 
 
 def load_dp_accounting() -> Any:

@@ -15,6 +15,7 @@ deviations, and by at most 2^-60 in total variation beyond that. Over d entries 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from functools import cache
@@ -28,8 +29,8 @@ from fedllm.privacy.clip import SLACK
 from fedllm.rng import Rng
 
 MAX_SIGMA = 2.0**24
-GRID_BITS = 20
-"""A grid step is the largest power of two not above sigma / 2^20."""
+GRID_BITS = 23
+"""A grid step is the largest power of two not above sigma / 2^23."""
 _TWO64 = 2.0**64
 _CHUNK = 1 << 18  # keeps the arrays of one pass within a few caches
 
@@ -53,10 +54,15 @@ def discrete_gaussian(sigma: float, count: int, rng: Rng) -> NDArray[np.int64]:
     """
     if not 0 < sigma <= MAX_SIGMA:
         raise ValueError(f"sigma {sigma}: between 0 and {MAX_SIGMA:g} needed")
+    return collect(count, lambda size: _attempt(sigma, size, rng))
+
+
+def collect(count: int, attempt: Callable[[int], NDArray[np.int64]]) -> NDArray[np.int64]:
+    """Return the first `count` draws of a rejection sampler; ``attempt(size)`` makes `size` proposals."""
     out = np.empty(count, dtype=np.int64)
     have = 0
     while have < count:
-        batch = _attempt(sigma, min(_CHUNK, int(2.2 * (count - have)) + 16), rng)[: count - have]
+        batch = attempt(min(_CHUNK, int(2.2 * (count - have)) + 16))[: count - have]
         out[have : have + batch.size] = batch
         have += batch.size
     return out
@@ -65,19 +71,24 @@ def discrete_gaussian(sigma: float, count: int, rng: Rng) -> NDArray[np.int64]:
 def _attempt(sigma: float, size: int, rng: Rng) -> NDArray[np.int64]:
     """One pass of CKS algorithm 3: discrete Laplace proposals of scale t, accepted towards the Gaussian."""
     scale = math.floor(sigma) + 1
-    laplace = _discrete_laplace(scale, size, rng)
-    distance = np.abs(laplace).astype(np.float64) - sigma * sigma / scale
-    accepted: NDArray[np.int64] = laplace[_bernoulli_exp(distance * distance / (2 * sigma * sigma), rng)]
+    laplace = discrete_laplace(scale, size, rng)
+    accepted: NDArray[np.int64] = laplace[bernoulli_exp(_gamma(laplace, sigma, scale), rng)]
     return accepted
 
 
-def _discrete_laplace(scale: int, size: int, rng: Rng) -> NDArray[np.int64]:
+def _gamma(laplace: NDArray[np.int64], sigma: float, scale: int) -> NDArray[np.float64]:
+    """Return -log of the probability to accept a proposal."""
+    distance = np.abs(laplace).astype(np.float64) - sigma * sigma / scale
+    return np.asarray(distance * distance / (2 * sigma * sigma))
+
+
+def discrete_laplace(scale: int, size: int, rng: Rng) -> NDArray[np.int64]:
     """CKS algorithm 2: up to `size` draws with probability proportional to ``exp(-|x| / scale)``."""
     words = _words(size, rng)
     # Reduction modulo scale is uniform on the words up to the last whole multiple of scale.
     even = words[words <= np.uint64(2**64 - 1 - 2**64 % scale)]
     rest = (even % np.uint64(scale)).astype(np.int64)
-    rest = rest[_bernoulli_exp(rest / scale, rng)]
+    rest = rest[bernoulli_exp(rest / scale, rng)]
     magnitude = rest + scale * _geometric(rest.size, rng)
     negative = np.unpackbits(np.frombuffer(rng.token((rest.size + 7) // 8), dtype=np.uint8))[: rest.size].astype(bool)
     keep = ~(negative & (magnitude == 0))  # zero has one sign only
@@ -89,12 +100,22 @@ def _words(size: int, rng: Rng) -> NDArray[np.uint64]:
     return np.frombuffer(rng.token(8 * size), dtype="<u8").astype(np.uint64, copy=False)
 
 
-def _bernoulli_exp(gamma: NDArray[np.float64], rng: Rng) -> NDArray[np.bool_]:
-    """Return True with probability ``exp(-gamma)`` for each entry, by comparing a 64-bit word."""
+def bernoulli_exp(gamma: NDArray[np.float64], rng: Rng) -> NDArray[np.bool_]:
+    """Return True with probability ``exp(-gamma)`` for each entry, by comparing a 64-bit word.
+
+    A word that equals the threshold's whole part is decided by a second word against the fraction. So small
+    probabilities keep all digits of a float64; without it, ``exp(-32)`` would have 18 bits.
+    """
     threshold = np.exp(-gamma) * _TWO64
     sure = threshold >= _TWO64
+    whole = np.where(sure, 0.0, threshold).astype(np.uint64)
     words = _words(gamma.size, rng)
-    return np.asarray(sure | (words < np.where(sure, 0.0, threshold).astype(np.uint64)))
+    chosen = np.asarray(sure | (words < whole))
+    tied = np.flatnonzero((words == whole) & ~sure)
+    if tied.size:
+        fraction = (threshold[tied] - np.floor(threshold[tied])) * _TWO64
+        chosen[tied] = _words(tied.size, rng) < fraction.astype(np.uint64)
+    return chosen
 
 
 @cache
@@ -155,7 +176,8 @@ class GaussianGrid:
         NonFiniteUpdate
             If `x` is not finite, or too large to be a float64 multiple of the step exactly.
         """
-        steps = np.rint(x.astype(np.float64) / self.step)
+        with np.errstate(over="ignore"):  # found and named below
+            steps = np.rint(x.astype(np.float64) / self.step)
         if not (np.abs(steps) < 2.0**52).all():
             raise NonFiniteUpdate(f"a sum of {x.size} entries is not finite, or above 2^52 noise grid steps")
         noise = discrete_gaussian(self.sigma / self.step, x.size, rng).reshape(x.shape)

@@ -246,7 +246,7 @@ def round_json(state: ApiState, record: RoundRecord) -> dict[str, Any]:
         "method": plan.method,
         # a version was made, and at least the threshold of owners put a masked vector into its sum
         "secagg": record.version is not None and measures.get("survivors", 0) >= honest_threshold(len(plan.cohort)),
-        "mechanism": vars(plan.mechanism),
+        "mechanism": plan.mechanism.to_fields(),
         "survivors": measures.get("survivors", 0),
         "saturated": measures.get("saturated"),
         "attempt": plan.attempt,

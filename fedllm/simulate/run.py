@@ -167,6 +167,9 @@ class _Stage:
                 "unit": plan.mechanism.unit,
                 "relation": plan.mechanism.relation,
                 "delta": settings.delta,
+                "noise_over_signal": (
+                    None if plan.mechanism.shares is None else plan.mechanism.noise_over_signal(len(self.owners))
+                ),
             },
             upload_bytes=self._most_up,
             download_bytes=self._most_down,

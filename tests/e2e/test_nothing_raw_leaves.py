@@ -362,7 +362,7 @@ class TalkativeTrainer(KeepingTrainer):
     kind: type[Exception]
     texts: list[str]
 
-    def fit(self, *_arguments: object) -> Trained:  # type: ignore[override]
+    def fit(self, *_arguments: object, charged: int = 0) -> Trained:  # type: ignore[override]
         """Fail."""
         raise self.kind(f"cannot train on {self.texts}")
 

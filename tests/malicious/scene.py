@@ -98,7 +98,16 @@ class PrivateTrainer(ToyTrainer):
         self._draw = np.random.default_rng(list(owner.encode()))
         self.update: NDArray[np.float32] = np.zeros(0, np.float32)
 
-    def fit(self, head: AdapterState, plan: RoundPlan, factors: tuple[str, ...], rng: Any, progress: Any) -> Trained:
+    def fit(
+        self,
+        head: AdapterState,
+        plan: RoundPlan,
+        factors: tuple[str, ...],
+        rng: Any,
+        progress: Any,
+        *,
+        charged: int = 0,
+    ) -> Trained:
         """Train, and remember what came of it."""
         trained = super().fit(head, plan, factors, rng, progress)
         layout = head.spec.layout(factors)

@@ -91,6 +91,8 @@ class ToyTrainer:
         factors: tuple[str, ...],
         rng: Rng,
         progress: Callable[[int, int], None],
+        *,
+        charged: int = 0,
     ) -> Trained:
         """Return the head with the trainable factors moved."""
         self.trained.append(plan.round)

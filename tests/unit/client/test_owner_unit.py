@@ -169,7 +169,7 @@ REFUSED: dict[str, tuple[dict[str, Any], OwnerPolicy, type[FedllmError], str]] =
     "noise for a shorter update": ({"mechanism": _shares(dimension=12)}, COUNTED, PolicyRefused, "noise is for 12"),
     "a finer grid than the ring's": ({"mechanism": _shares(clip_steps=999)}, COUNTED, PolicyRefused, "999 grid steps"),
     "a grid that rounding would fill": (
-        {"mechanism": _shares(clip_steps=8), "ring": Ring(32, 4, CLIP)}, COUNTED, ConfigError, "",
+        {"mechanism": _shares(clip_steps=8), "ring": Ring(32, 4, CLIP)}, COUNTED, ConfigError, "24 entries",
     ),
     "a ring that the noise would wrap": ({"ring": Ring(24, 16, CLIP), "mechanism": dataclasses.replace(
         NOISED, noise_multiplier=100.0)}, COUNTED, ConfigError, "need a ring of"),
