@@ -24,12 +24,17 @@ FIELDS: dict[str, frozenset[str]] = {
     "dataset": frozenset({"dataset"}),
     "reserve": frozenset({"federation", "round", "plan", "mechanism"}),
     "settle": frozenset({"plan", "outcome"}),
+    "realised": frozenset({"plan", "honest"}),
     "limit": frozenset({"limit", "reason"}),
     "torn": frozenset({"file", "sha256", "line"}),
 }
 """The kinds of line and what each must hold."""
+SALVAGED = "salvaged"
+"""Field of a reservation that was read out of a line cut short; names the file that the line is kept in."""
 _BODY = {"at", "fields", "kind", "prev"}
 _START = '{"body":'
+_NO_ENTRY = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+"""What reading something else than an entry raises: the signature is checked after the form."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +84,11 @@ def read_line(data: bytes, line: int) -> Entry:
         if not FIELDS[kind] <= set(fields):
             raise ValueError("fields missing")
         if kind == "reserve":
-            Mechanism(**fields["mechanism"])
+            Mechanism.from_fields(fields["mechanism"])
+        if kind == "realised" and type(fields["honest"]) is not int:
+            raise ValueError("no number of owners")
         return Entry(line, kind, body["at"], fields, Digest(body["prev"]), sha256(data), _canonical(body), signature)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except _NO_ENTRY as error:
         raise LedgerCorrupt(
             f"ledger line {line} is not an entry ({type(error).__name__})",
             hint="the file was changed by something else than fedllm; restore it, do not begin a new one",
@@ -124,12 +131,13 @@ def salvage(torn: bytes) -> dict[str, Any] | None:
         return None
     try:
         fields, _ = json.JSONDecoder().raw_decode(text, start + len('"fields":'))
-        if set(fields) != FIELDS["reserve"]:
+        kept = {name: fields[name] for name in fields if name != SALVAGED}  # a repair may be cut short as well
+        if set(kept) != FIELDS["reserve"]:
             return None
-        Mechanism(**fields["mechanism"])
-    except (ValueError, TypeError, RecursionError):
+        Mechanism.from_fields(kept["mechanism"])
+    except _NO_ENTRY:
         return None
-    return dict(fields)
+    return kept
 
 
 def _canonical(value: object) -> bytes:

@@ -14,7 +14,6 @@ from fedllm.errors import BudgetExhausted, ConfigError, LedgerCorrupt, NotFound,
 from fedllm.identity import SigningIdentity
 from fedllm.ids import Digest, sha256
 from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
-from fedllm.privacy import ledger as ledger_module
 from fedllm.privacy.accountant import epsilon
 from fedllm.privacy.ledger import Ledger, Receipt
 from fedllm.privacy.mechanism import describe
@@ -29,10 +28,14 @@ def plan(number: int) -> Digest:
     return sha256(f"plan {number}".encode())
 
 
-def opened(path: Path, *, limit: float = 8.0, dataset: Digest = DATA, delta: float = 1e-5) -> Ledger:
+def opened(
+    path: Path, *, limit: float = 8.0, dataset: Digest = DATA, delta: float = 1e-5, unit: str = UNIT_RECORD,
+    column: str = "",
+) -> Ledger:  # fmt: skip
     """Open the ledger in a folder."""
     return Ledger.open(
-        path / "ledger.jsonl", OWNER, FakeClock(), dataset=dataset, limit_epsilon=limit, delta=delta
+        path / "ledger.jsonl", OWNER, FakeClock(), dataset=dataset, limit_epsilon=limit, delta=delta, unit=unit,
+        column=column,
     )  # fmt: skip
 
 
@@ -150,7 +153,7 @@ def test_a_torn_line_is_set_aside_and_what_it_charged_is_charged(tmp_path: Path,
         Ledger.read(path, OWNER.public)
     mended = opened(tmp_path)
     assert (tmp_path / "ledger.jsonl.torn-1").read_bytes() == torn
-    assert [e.kind for e in mended.entries()] == ["open", "torn", "reserve"]
+    assert [e.kind for e in mended.entries()] == ["open", "reserve", "torn"]
     assert mended.spent() == epsilon([ROUND], 1e-5)
     assert charge(mended, 1).spent == mended.spent(), "the same plan is not charged again"
     mended.verify()
@@ -204,7 +207,7 @@ def test_the_charge_is_on_disk_before_reserve_returns(tmp_path: Path, monkeypatc
         synced.append((is_folder, (tmp_path / "ledger.jsonl").read_bytes().count(b'"reserve"')))
         real(descriptor)
 
-    monkeypatch.setattr(ledger_module.os, "fsync", watched)
+    monkeypatch.setattr(os, "fsync", watched)
     charge(ledger, 1)
     assert synced == [(False, 1), (True, 1)]
 
