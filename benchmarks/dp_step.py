@@ -23,7 +23,7 @@ from torch import nn
 from benchmarks.document import Document, check, model_folder, parser, rounded, run
 from fedllm.adapter import AdapterSpec, AdapterState
 from fedllm.client import dpsgd
-from fedllm.client.dataset import Example
+from fedllm.client.dataset import Example, Unit
 from fedllm.client.model import LoraModel
 from fedllm.client.train import train_plain
 from fedllm.ids import sha256
@@ -99,10 +99,11 @@ def plain_step(model: LoraModel, parameters: Sequence[nn.Parameter], examples: S
 
 
 def private_step(model: LoraModel, parameters: Sequence[nn.Parameter], examples: Sequence[Example]) -> None:
-    """Take one step of DP-SGD on every record."""
+    """Take one step of DP-SGD on every record, each a unit of its own."""
     recipe = Recipe("sgd", RATE, 1, BATCH, BATCH, TOKENS)
     mechanism = Mechanism("dp-sgd", UNIT_RECORD, RELATION_ADD_REMOVE, NOISE, CLIP_NORM, 1.0, 1, 1e-5)
-    dpsgd.train_private(model, parameters, examples, recipe, mechanism, BATCH, OsRng(), _silent)
+    units = [Unit((example,)) for example in examples]
+    dpsgd.train_private(model, parameters, units, recipe, mechanism, BATCH, OsRng(), _silent)
 
 
 def opacus_step(model: LoraModel, parameters: Sequence[nn.Parameter], examples: Sequence[Example]) -> None:

@@ -50,6 +50,7 @@ class FederationSettings:
     base: Path = _key("folder of the base model (Hugging Face layout)")
     alias: str = _key("tenant/name that accepted versions are published to")
     rank: int = _key("LoRA rank", 4)
+    ranks: dict[str, int] = _key("owners of another rank than `rank`; see docs/methods.md for who allows that", {})
     alpha: int = _key("LoRA alpha; the adapter is scaled by alpha / rank", 8)
     target_modules: tuple[str, ...] = _key("projections to adapt", ("q_proj", "v_proj"))
     last_layers: int = _key("adapt only the last N transformer layers", 10)
@@ -105,6 +106,8 @@ class ClientSettings:
     threads: int = _key("CPU threads of training; cores divided by daemons on one machine", 1)
     transport: str = _key("flower, direct, or local (only the socket is served)", "flower")
     max_tokens: int = _key("longer records are left out and counted", 160)
+    unit_column: str = _key("unit person: the key of each record that names the person; empty: each record a unit", "")
+    checkpointing: bool = _key("compute activations twice: about a third more time, much less memory", False)
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,7 @@ def check(
     data: Path | None = typer.Option(None, help="Folder with train.jsonl and heldout.jsonl."),
     base: Path | None = typer.Option(None, help="Folder of the base model (tokenizer and chat template)."),
     max_tokens: int = typer.Option(160, help="Longer records are left out."),
+    unit_column: str = typer.Option("", help="The key of each record that names the person."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Read the data as training would: counts, and bad lines by number and reason; text is never printed."""
@@ -179,18 +180,18 @@ def check(
 
     if home is not None:
         settings, _ = client_settings(home)
-        data, base, max_tokens = settings.data, settings.base, settings.max_tokens
+        data, base, max_tokens, unit_column = settings.data, settings.base, settings.max_tokens, settings.unit_column
     if data is None or base is None:
         raise ConfigError("nothing to check: --home, or --data and --base", hint="fedllm client check --help")
     if not data.is_dir():
         raise NotFound(f"no data folder {data}", hint="a folder with train.jsonl and heldout.jsonl")
     read_config(base)
-    report = check_data(data, base, max_tokens=max_tokens)
+    report = check_data(data, base, max_tokens=max_tokens, unit_column=unit_column)
     if as_json:
         print_json(report.to_json())
     else:
-        rows = [(f.name, f.accepted, f.too_long, len(f.rejected), f.mean_tokens) for f in report.files]
-        print_table(f"{data}", ("file", "usable", "over limit", "bad", "mean tokens"), rows)
+        rows = [(f.name, f.accepted, len(f.units), f.too_long, len(f.rejected), f.mean_tokens) for f in report.files]
+        print_table(f"{data}", ("file", "usable", "units", "over limit", "bad", "mean tokens"), rows)
         bad = [(f.name, r.line, r.reason) for f in report.files for r in f.rejected]
         if bad:
             print_table("bad lines", ("file", "line", "reason"), bad)

@@ -21,6 +21,7 @@ from fedllm.config import TRANSPORTS, ClientSettings
 from fedllm.errors import ConfigError
 from fedllm.identity import Roster, SigningIdentity, VerifyKey
 from fedllm.ids import FederationName, OwnerId, check_name
+from fedllm.messages.mechanism import UNIT_PERSON
 from fedllm.privacy.ledger import Ledger
 from fedllm.relay.node import dial_process, owner_processes, programs_dir
 from fedllm.relay.processes import Supervised
@@ -36,6 +37,8 @@ SOCKET = Path("relay") / "relay.sock"
 """Below the owner's folder; in a folder of its own, so that its user alone can reach it."""
 RUN_DIR = "flower"
 """Below the owner's folder: all that SuperNode and relay may write."""
+STREAMS_DIR = "streams"
+"""Below the owner's folder: state of DP-FTRL streams, kept over rounds and restarts."""
 DIRECT_DIR = "direct"
 """Below the owner's folder: where the dialling process runs; it writes nothing."""
 COORDINATOR_CERTIFICATE = "coordinator.pem"
@@ -94,6 +97,7 @@ async def _serve(settings: ClientSettings, clock: Clock) -> None:
     roster = Roster.load(settings.roster)
     check_own_key(roster, OwnerId(settings.owner), identity)  # before a model is loaded for nothing
     policy = OwnerPolicy.load(settings.home / POLICY_FILE)
+    _check_unit(policy, settings)
     coordinator = VerifyKey.parse(settings.coordinator_key)
     relay = _relay_processes(settings, reporter.isolation, clock)
     reporter.say("loading")
@@ -114,7 +118,7 @@ async def _serve(settings: ClientSettings, clock: Clock) -> None:
             policy=policy,
             ledger=Ledger.open(
                 settings.home / LEDGER_FILE, identity, clock, dataset=trainer.dataset,
-                limit_epsilon=policy.limit_epsilon, delta=policy.delta,
+                limit_epsilon=policy.limit_epsilon, delta=policy.delta, unit=policy.unit, column=settings.unit_column,
             ),
             trainer=trainer,
             clock=clock,
@@ -140,14 +144,24 @@ async def _serve(settings: ClientSettings, clock: Clock) -> None:
         reporter.say("stopped")
 
 
+def _check_unit(policy: OwnerPolicy, settings: ClientSettings) -> None:
+    if (policy.unit == UNIT_PERSON) != bool(settings.unit_column):
+        raise ConfigError(
+            f"policy.toml counts by {policy.unit}, client.toml has unit_column {settings.unit_column!r}:"
+            f" unit {UNIT_PERSON} needs a column, and a column means unit {UNIT_PERSON}",
+            hint="set both: the column that names the person, and 'fedllm client policy set unit person'",
+        )
+
+
 def _load_trainer(settings: ClientSettings) -> Trainer:
     from fedllm.basemodel.inspect import open_base
     from fedllm.client.train import LoraTrainer
 
     base = open_base(settings.base)
     return LoraTrainer(
-        settings.base, base.digest, settings.data, max_tokens=settings.max_tokens, owner=OwnerId(settings.owner)
-    )
+        settings.base, base.digest, settings.data, max_tokens=settings.max_tokens, owner=OwnerId(settings.owner),
+        unit_column=settings.unit_column, streams=settings.home / STREAMS_DIR, checkpointing=settings.checkpointing,
+    )  # fmt: skip
 
 
 def _relay_processes(settings: ClientSettings, isolation: Isolation, clock: Clock) -> tuple[Supervised, ...]:

@@ -3,16 +3,22 @@
 Shapes, one object a line: ``{"messages": [{"role", "content"}, ...]}`` (loss on assistant turns),
 ``{"prompt", "completion"}`` (loss on the completion), ``{"text"}`` (loss on all of it). A folder holds
 ``train.jsonl`` and ``heldout.jsonl``. Reports name lines by number and a reason code, never by content.
+
+A record is a privacy unit of its own, or, where the owner names a column, one of all the records of a person.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
+
+from fedllm.client.tokenizer import ChatTokenizer, Tokenizer
 from fedllm.errors import DataError
 from fedllm.ids import Digest, sha256
 
@@ -25,23 +31,11 @@ MALFORMED_JSON = "malformed-json"
 NOT_UTF8 = "not-utf-8"
 WRONG_SHAPE = "wrong-shape"
 EMPTY_ANSWER = "empty-answer"
-REASONS = (MALFORMED_JSON, NOT_UTF8, WRONG_SHAPE, EMPTY_ANSWER)
+UNIT_MISSING = "unit-missing"
+"""The unit column is not there, or is no integer and no text."""
+REASONS = (MALFORMED_JSON, NOT_UTF8, WRONG_SHAPE, EMPTY_ANSWER, UNIT_MISSING)
 _ROLES = {"system", "user", "assistant"}
 _SHOWN_LINES = 5
-
-
-class Tokenizer(Protocol):
-    """What reading records needs of a tokenizer."""
-
-    def apply_chat(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        """Return token ids of a conversation, and which of them are the assistant's (end of turn included)."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return token ids of plain text."""
-
-    @property
-    def end(self) -> int:
-        """The token that ends an answer."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,36 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What one noisy step samples, clips and hides as a whole: a record, or all records of one person.
+
+    Attributes
+    ----------
+    examples : tuple[Example, ...]
+        At least one. The unit's gradient is the mean of theirs.
+    person : bytes or None
+        SHA-256 of the person's name; None for a record that is a unit of its own.
+    """
+
+    examples: tuple[Example, ...]
+    person: bytes | None = field(default=None, repr=False)
+
+    @property
+    def key(self) -> bytes:
+        """Stable digest of what the unit is, 32 bytes: the person's name, or else the record's tokens."""
+        if self.person is not None:
+            return self.person
+        (example,) = self.examples
+        tokens = np.array([example.input_ids, example.labels], dtype="<i8")
+        return hashlib.sha256(b"fedllm/unit/record/" + tokens.tobytes()).digest()
+
+    def within(self, max_tokens: int) -> Unit | None:
+        """Return the unit with its records of at most `max_tokens`; None if it has none."""
+        kept = tuple(e for e in self.examples if len(e.input_ids) <= max_tokens)
+        return Unit(kept, self.person) if kept else None
+
+
+@dataclass(frozen=True)
 class Rejected:
     """A line that is no record: its number (from 1) and a reason of `REASONS`."""
 
@@ -70,12 +94,17 @@ class Rejected:
 
 @dataclass(frozen=True)
 class Report:
-    """One file, read."""
+    """One file, read; units in the order of their first records."""
 
     name: str
-    examples: tuple[Example, ...]
+    units: tuple[Unit, ...]
     rejected: tuple[Rejected, ...]
     too_long: int
+
+    @cached_property
+    def examples(self) -> tuple[Example, ...]:
+        """The usable records, unit by unit."""
+        return tuple(example for unit in self.units for example in unit.examples)
 
     @property
     def accepted(self) -> int:
@@ -95,7 +124,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """Return counts and rejected lines, no text."""
         return {
-            "file": self.name, "accepted": self.accepted, "too_long": self.too_long,
+            "file": self.name, "accepted": self.accepted, "units": len(self.units), "too_long": self.too_long,
             "mean_tokens": self.mean_tokens, "max_tokens": self.max_tokens,
             "answer_tokens": sum(e.answer_tokens for e in self.examples),
             "rejected": [asdict(r) for r in self.rejected],
@@ -115,17 +144,31 @@ class DatasetReport:
 
 @dataclass(frozen=True)
 class Dataset:
-    """An owner's usable records and the digest of the files they came from; local to the owner."""
+    """An owner's usable records and the digest of the files they came from; local to the owner.
 
-    train: tuple[Example, ...]
+    Attributes
+    ----------
+    units : tuple[Unit, ...]
+        To train on.
+    heldout : tuple[Example, ...]
+        To score on; of no person who is trained on.
+    digest : Digest
+    """
+
+    units: tuple[Unit, ...]
     heldout: tuple[Example, ...]
     digest: Digest
 
     def __repr__(self) -> str:
-        return f"Dataset({len(self.train)} train, {len(self.heldout)} held out)"
+        return f"Dataset({len(self.units)} units of {len(self.train)} train, {len(self.heldout)} held out)"
+
+    @cached_property
+    def train(self) -> tuple[Example, ...]:
+        """The records to train on, unit by unit."""
+        return tuple(example for unit in self.units for example in unit.examples)
 
 
-def read(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> Report:
+def read(path: Path, tokenizer: Tokenizer, *, max_tokens: int, unit_column: str = "") -> Report:
     """Read one file of records.
 
     Parameters
@@ -134,6 +177,9 @@ def read(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> Report:
     tokenizer : Tokenizer
     max_tokens : int
         Longer records are left out and counted.
+    unit_column : str
+        Key of every record that names its person, by a string or an integer (7 and ``"7"`` are one person). Empty:
+        each record is a unit.
 
     Raises
     ------
@@ -145,38 +191,46 @@ def read(path: Path, tokenizer: Tokenizer, *, max_tokens: int) -> Report:
             f"no {path.name} in {path.parent}",
             hint=f"a data folder holds {TRAIN_FILE} and {HELDOUT_FILE}; keep about a tenth of the records held out",
         )
-    examples: list[Example] = []
+    grouped: dict[bytes | int, list[Example]] = {}
     rejected: list[Rejected] = []
     too_long = 0
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.strip():
                 continue
-            made = _example(raw, tokenizer)
-            if isinstance(made, str):
-                rejected.append(Rejected(number, made))
+            record = _record(raw)
+            made = record if isinstance(record, str) else _example(record, tokenizer)
+            if isinstance(record, str) or isinstance(made, str):
+                rejected.append(Rejected(number, str(made)))
+                continue
+            person = _person(record.get(unit_column)) if unit_column else number
+            if person is None:
+                rejected.append(Rejected(number, UNIT_MISSING))
             elif len(made.input_ids) > max_tokens:
                 too_long += 1
             else:
-                examples.append(made)
-    return Report(path.name, tuple(examples), tuple(rejected), too_long)
+                grouped.setdefault(person, []).append(made)
+    units = (Unit(tuple(found), who if isinstance(who, bytes) else None) for who, found in grouped.items())
+    return Report(path.name, tuple(units), tuple(rejected), too_long)
 
 
-def check(folder: Path, base: Path, *, max_tokens: int) -> DatasetReport:
+def check(folder: Path, base: Path, *, max_tokens: int, unit_column: str = "") -> DatasetReport:
     """Read both files of a data folder with a base model's tokenizer, as training would."""
     tokenizer = ChatTokenizer(base)
-    return DatasetReport(tuple(read(folder / name, tokenizer, max_tokens=max_tokens) for name in _FILES))
+    return DatasetReport(
+        tuple(read(folder / name, tokenizer, max_tokens=max_tokens, unit_column=unit_column) for name in _FILES)
+    )
 
 
-def open_dataset(folder: Path, tokenizer: Tokenizer, *, max_tokens: int) -> Dataset:
+def open_dataset(folder: Path, tokenizer: Tokenizer, *, max_tokens: int, unit_column: str = "") -> Dataset:
     """Return a folder's records, ready for training.
 
     Raises
     ------
     DataError
-        If a file is missing, a line is no record, or a file has no usable record.
+        If a file is missing, a line is no record, a file has no usable record, or a record or a person is in both.
     """
-    train, heldout = (read(folder / name, tokenizer, max_tokens=max_tokens) for name in _FILES)
+    train, heldout = (read(folder / name, tokenizer, max_tokens=max_tokens, unit_column=unit_column) for name in _FILES)
     for report in (train, heldout):
         if report.rejected:
             lines = ", ".join(f"{r.line} ({r.reason})" for r in report.rejected[:_SHOWN_LINES])
@@ -196,7 +250,13 @@ def open_dataset(folder: Path, tokenizer: Tokenizer, *, max_tokens: int) -> Data
             f"{len(both)} records are in both {_FILES[0]} and {_FILES[1]}, none may be",
             hint="held-out records must not be trained on; remove them from one of the files",
         )
-    return Dataset(train.examples, heldout.examples, digest(folder))
+    persons = {unit.person for unit in train.units if unit.person} & {unit.person for unit in heldout.units}
+    if persons:
+        raise DataError(
+            f"{len(persons)} persons have records in both {_FILES[0]} and {_FILES[1]}, none may",
+            hint=f"they would be trained on under epsilon and scored outside it: split the files by {unit_column}",
+        )
+    return Dataset(train.units, heldout.examples, digest(folder))
 
 
 def digest(folder: Path) -> Digest:
@@ -207,15 +267,25 @@ def digest(folder: Path) -> Digest:
 _FILES = (TRAIN_FILE, HELDOUT_FILE)
 
 
-def _example(raw: bytes, tokenizer: Tokenizer) -> Example | str:
+def _record(raw: bytes) -> dict[str, Any] | str:
     try:
         record = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError:
         return NOT_UTF8
     except (ValueError, RecursionError):
         return MALFORMED_JSON
-    if not isinstance(record, dict):
-        return WRONG_SHAPE
+    return record if isinstance(record, dict) else WRONG_SHAPE
+
+
+def _person(name: object) -> bytes | None:
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        return None
+    text = str(name).strip()
+    # An empty name is none: all who have none would be one person. JSON may hold half a surrogate pair.
+    return hashlib.sha256(b"fedllm/unit/person/" + text.encode(errors="surrogatepass")).digest() if text else None
+
+
+def _example(record: dict[str, Any], tokenizer: Tokenizer) -> Example | str:
     if "messages" in record:
         return _chat(record["messages"], tokenizer)
     if {"prompt", "completion"} <= set(record):
@@ -245,84 +315,3 @@ def _chat(messages: object, tokenizer: Tokenizer) -> Example | str:
 
 def _is_turn(turn: object) -> bool:
     return isinstance(turn, dict) and turn.get("role") in _ROLES and isinstance(turn.get("content"), str)
-
-
-class ChatTokenizer:
-    """A base model's own tokenizer and chat template (``tokenizers`` and ``jinja2``; no torch).
-
-    Each turn is tokenised apart from what comes before it, exactly as serving does: there the prompt ends where
-    the assistant's answer begins.
-
-    Parameters
-    ----------
-    folder : Path
-        Base model folder in Hugging Face layout.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-        from tokenizers import Tokenizer as FastTokenizer
-
-        if not (folder / "tokenizer.json").is_file():
-            raise DataError(f"base model folder {folder} has no tokenizer.json", hint="fedllm model pull")
-        self._tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        file = folder / "chat_template.jinja"
-        source = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        self._template = environment.from_string(source) if isinstance(source, str) else None
-        self._special = {k: _text(settings.get(k)) for k in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        end = self._tokenizer.token_to_id(self._special["eos_token"] or "")
-        if end is None:
-            raise DataError(f"base model folder {folder} names no end token in tokenizer_config.json")
-        self._end = int(end)
-
-    @property
-    def end(self) -> int:
-        """The end-of-turn token."""
-        return self._end
-
-    def encode(self, text: str) -> list[int]:
-        """Return token ids of plain text, no special tokens added."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-    def apply_chat(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        """Return token ids and the mask of assistant tokens, up to each turn's end token.
-
-        Raises
-        ------
-        DataError
-            If the base model has no chat template, or one that rewrites earlier turns.
-        """
-        ids: list[int] = []
-        mask: list[bool] = []
-        done = ""
-        for index, turn in enumerate(messages):
-            if turn["role"] != "assistant":
-                continue
-            prompt = self._render(messages[:index], True)
-            whole = self._render(messages[: index + 1], False)
-            if not (prompt.startswith(done) and whole.startswith(prompt)):
-                raise DataError("the base model's chat template rewrites earlier turns; its answers cannot be located")
-            before, answer = self.encode(prompt[len(done) :]), self.encode(whole[len(prompt) :])
-            # Nothing after the end token is ever generated, so nothing after it is learnt.
-            last = answer.index(self._end) + 1 if self._end in answer else len(answer)
-            ids += before + answer
-            mask += [False] * len(before) + [True] * last + [False] * (len(answer) - last)
-            done = whole
-        return ids, mask
-
-    def _render(self, messages: Sequence[dict[str, str]], prompt: bool) -> str:
-        if self._template is None:
-            raise DataError(
-                "the base model has no chat template and the data has 'messages' records",
-                hint="use prompt/completion records, or a base model with a chat template",
-            )
-        return str(self._template.render(messages=messages, add_generation_prompt=prompt, **self._special))
-
-
-def _text(value: object) -> str | None:
-    # tokenizer_config.json writes a special token as text or as an object with the text in "content"
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _LEAST_NOISE, _MOST_NOISE = 0.2, 1e4
 _LEAST_SAMPLE = 1.0
 _LEAST_CLIP = 1e-6
-_MOST_COUNT_NOISE = 1e6
 _MOST_STREAM_BYTES = 1 << 31
 _HELD_BYTES = 16
 """Of one entry and step that a stream keeps: a gradient sum and an estimate, float64."""
@@ -104,10 +103,6 @@ def _check_sampling(plan: RoundPlan) -> None:
     if mechanism.sample_rate * min(plan.declared_records.values()) < _LEAST_SAMPLE:
         raise PolicyRefused(
             f"the plan samples {mechanism.sample_rate:g} of each owner's records: at least {_LEAST_SAMPLE} expected"
-        )
-    if mechanism.adaptive is not None and mechanism.adaptive.count_noise > _MOST_COUNT_NOISE:
-        raise PolicyRefused(
-            f"the plan's count noise is {mechanism.adaptive.count_noise:g}, at most {_MOST_COUNT_NOISE:g} allowed"
         )
 
 

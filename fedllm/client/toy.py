@@ -7,18 +7,22 @@ Thousands of owners in one process draw their records from one `ToyPool` instead
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedllm.adapter import AdapterSpec, AdapterState, Factor
-from fedllm.client.trainer import Progress, Scores, Trained, check_steps, declared_size
+from fedllm.client.dpftrl import StreamStore, train_stream
+from fedllm.client.trainer import Progress, Scores, Trained, check_steps, declared_size, stream_folder
 from fedllm.errors import NonFiniteUpdate
 from fedllm.ids import Digest, OwnerId, sha256
+from fedllm.messages.mechanism import DP_FTRL, DP_SGD, NONE
 from fedllm.messages.plan import RoundPlan
+from fedllm.privacy.adaptive import next_clip_norm, step_grid
 from fedllm.privacy.clip import SLACK
-from fedllm.privacy.noise import GaussianGrid
 from fedllm.rng import Rng, SeededRng, uniform_floats
 
 F64 = NDArray[np.float64]
@@ -63,6 +67,8 @@ class ToyTrainer:
         Share of an owner's map that other owners do not have; unused with a pool.
     pool : ToyPool, optional
         Where the records are, instead of arrays of this owner's own.
+    streams : Path, optional
+        Folder of what DP-FTRL streams remember from round to round; without it no such plan can be trained.
     """
 
     base: Digest
@@ -70,6 +76,7 @@ class ToyTrainer:
     records: int = 40
     difference: float = 0.2
     pool: ToyPool | None = None
+    streams: Path | None = None
     _data: dict[Digest, _Data] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -79,29 +86,34 @@ class ToyTrainer:
         return sha256(f"toy/{self.owner}/{self.records}/{self.difference}{pooled}".encode())
 
     def fit(
-        self, head: AdapterState, plan: RoundPlan, factors: tuple[Factor, ...], rng: Rng, progress: Progress
+        self,
+        head: AdapterState,
+        plan: RoundPlan,
+        factors: tuple[Factor, ...],
+        rng: Rng,
+        progress: Progress,
+        *,
+        charged: int = 0,
     ) -> Trained:
-        """Train by DP-SGD as the plan says, or by gradient descent of at most unit relative step size."""
+        """Train as the plan's mechanism says: DP-SGD, DP-FTRL, or gradient descent of at most unit relative step size.
+
+        Raises
+        ------
+        PolicyRefused, ConfigError, IntegrityError, DiskFull
+            As `fedllm.client.train.LoraTrainer.fit`.
+        NonFiniteUpdate
+            If a record's gradient is not finite under DP.
+        """
         check_steps(plan)
-        data, state = self._of(head.spec), head
-        layout = head.spec.layout(factors)
-        steps = plan.recipe.steps
-        loss = 0.0
-        for step in range(steps):
-            private = plan.mechanism.kind != "none"
-            chosen = uniform_floats(rng, self.records) < (plan.mechanism.sample_rate if private else 1.0)
-            rows, counts = np.unique((self._first + np.flatnonzero(chosen)) % data.inputs.shape[0], return_counts=True)
-            gradients, losses = _gradients(state, data.inputs[rows], data.targets(rows), factors)
-            if private:
-                move = self._private_step(gradients, counts, plan, rng)
-            else:
-                share = counts / counts.sum()
-                loss += float(losses @ share) / steps
-                move = gradients.total(share) * min(plan.recipe.learning_rate, 1.0) / _curvature(state)
-            flat = layout.flatten(state.factors).astype(np.float64) - move
-            state = state.replace(layout.unflatten(flat.astype(np.float32)))
-            progress(step + 1, steps)
-        return Trained(state, self.records, loss if plan.mechanism.kind == "none" else None, steps, 0.0)
+        loss: float | None = None
+        if plan.mechanism.kind == DP_SGD:
+            state = self._fit_private(head, plan, factors, rng, progress)
+        elif plan.mechanism.kind == DP_FTRL:
+            state = self._fit_stream(head, plan, factors, rng, progress, charged)
+        else:
+            state, plain = self._fit_plain(head, plan, factors, progress)
+            loss = plain if plan.mechanism.kind == NONE else None
+        return Trained(state, self.records, loss, plan.recipe.steps, 0.0)
 
     def score(self, state: AdapterState) -> Scores:
         """Return the mean squared error on held-out records."""
@@ -114,14 +126,71 @@ class ToyTrainer:
         # records of a pool begin elsewhere for each owner
         return 0 if self.pool is None else int(sha256(self.owner.encode())[:8], 16)
 
-    def _private_step(self, gradients: _Gradients, counts: Rows, plan: RoundPlan, rng: Rng) -> F64:
-        mechanism = plan.mechanism
-        total = gradients.total(counts * gradients.clipping(mechanism.clip_norm * (1 - SLACK)))
-        grid = GaussianGrid(mechanism.noise_multiplier * mechanism.clip_norm)
-        grid.check(total.size, mechanism.clip_norm)
-        scale = plan.recipe.learning_rate / mechanism.clip_norm
-        scaled: F64 = scale * grid.add_noise(total, rng) / (mechanism.sample_rate * declared_size(plan, self.owner))
-        return scaled
+    def _fit_plain(
+        self, head: AdapterState, plan: RoundPlan, factors: tuple[Factor, ...], progress: Progress
+    ) -> tuple[AdapterState, float]:
+        state, steps = head, plan.recipe.steps
+        loss = 0.0
+        for step in range(steps):
+            gradients, losses, counts = self._records(state, np.arange(self.records), factors)
+            share = counts / counts.sum()
+            loss += float(losses @ share) / steps
+            move = gradients.total(share) * min(plan.recipe.learning_rate, 1.0) / _curvature(state)
+            state = _placed(state, factors, _flat(state, factors) - move)
+            progress(step + 1, steps)
+        return state, loss
+
+    def _fit_private(
+        self, head: AdapterState, plan: RoundPlan, factors: tuple[Factor, ...], rng: Rng, progress: Progress
+    ) -> AdapterState:
+        state, mechanism, declared = head, plan.mechanism, declared_size(plan, self.owner)
+        clip_norm = mechanism.clip_norm
+        for step in range(mechanism.steps):
+            chosen = np.flatnonzero(uniform_floats(rng, self.records) < mechanism.sample_rate)
+            gradients, _, counts = self._records(state, chosen, factors)
+            balance = int(counts @ np.where(gradients.norms() <= clip_norm, 1, -1))
+            total = gradients.total(counts * gradients.clipping(clip_norm * (1 - SLACK)))
+            noisy = step_grid(mechanism, clip_norm, total.size).add_noise(total, rng)
+            scale = plan.recipe.learning_rate / clip_norm
+            move = scale * noisy / (mechanism.sample_rate * declared)
+            state = _placed(state, factors, _flat(state, factors) - move)
+            clip_norm = next_clip_norm(mechanism, clip_norm, balance, declared, rng)
+            progress(step + 1, mechanism.steps)
+        return state
+
+    def _fit_stream(
+        self,
+        head: AdapterState,
+        plan: RoundPlan,
+        factors: tuple[Factor, ...],
+        rng: Rng,
+        progress: Progress,
+        charged: int,
+    ) -> AdapterState:
+        state = head
+
+        def gradient(indices: Sequence[int]) -> F64:
+            gradients, _, counts = self._records(state, np.array(indices, dtype=np.intp), factors)
+            return gradients.total(counts * gradients.clipping(plan.mechanism.clip_norm * (1 - SLACK)))
+
+        def assign(position: F64) -> None:
+            nonlocal state
+            state = _placed(state, factors, position)
+
+        keys = [bytes.fromhex(sha256(f"{self.dataset}/{record}".encode())) for record in range(self.records)]
+        train_stream(
+            gradient, keys, _flat(head, factors), mechanism=plan.mechanism, learning_rate=plan.recipe.learning_rate,
+            declared_records=declared_size(plan, self.owner), store=StreamStore(stream_folder(self.streams)), rng=rng,
+            progress=progress, assign=assign, charged=charged,
+        )  # fmt: skip
+        return state
+
+    def _records(self, state: AdapterState, chosen: Rows, factors: tuple[Factor, ...]) -> tuple[_Gradients, F64, Rows]:
+        """Return gradients and losses of the rows that the chosen records are, and how often each row is one."""
+        data = self._of(state.spec)
+        rows, counts = np.unique((self._first + chosen) % data.inputs.shape[0], return_counts=True)
+        gradients, losses = _gradients(state, data.inputs[rows], data.targets(rows), factors)
+        return gradients, losses, counts
 
     def _of(self, spec: AdapterSpec) -> _Data:
         if self.pool is not None:
@@ -181,14 +250,27 @@ class _Gradients:
         """Return the weighted sum over records, flat in the layout's order."""
         return np.concatenate([((left * weights[:, None]).T @ right).ravel() for left, right in self.parts])
 
+    def norms(self) -> F64:
+        """Return each record's L2 norm."""
+        squares = [(left * left).sum(axis=1) * (right * right).sum(axis=1) for left, right in self.parts]
+        found: F64 = np.sqrt(np.sum(squares, axis=0))
+        return found
+
     def clipping(self, max_norm: float) -> F64:
         """Return the factor, 1 at most, that brings each record's gradient to an L2 norm of at most `max_norm`."""
-        squares = [(left * left).sum(axis=1) * (right * right).sum(axis=1) for left, right in self.parts]
-        norms = np.sqrt(np.sum(squares, axis=0))
+        norms = self.norms()
         if not np.isfinite(norms).all():
             raise NonFiniteUpdate("a record's gradient is not finite and cannot be clipped")
         factors: F64 = max_norm / np.maximum(norms, max_norm)
         return factors
+
+
+def _flat(state: AdapterState, factors: tuple[Factor, ...]) -> F64:
+    return state.spec.layout(factors).flatten(state.factors).astype(np.float64)
+
+
+def _placed(state: AdapterState, factors: tuple[Factor, ...], position: F64) -> AdapterState:
+    return state.replace(state.spec.layout(factors).unflatten(position.astype(np.float32)))
 
 
 def _normal(rng: SeededRng, shape: tuple[int, int]) -> F64:

@@ -11,13 +11,16 @@ import torch
 from torch import nn
 
 from fedllm.adapter import AdapterState, Factor
-from fedllm.client.dataset import ChatTokenizer, Example, open_dataset
-from fedllm.client.dpsgd import train_private
+from fedllm.client.dataset import Example, open_dataset
+from fedllm.client.dpftrl import StreamStore
+from fedllm.client.dpsgd import train_correlated, train_private
 from fedllm.client.evaluate import evaluate
 from fedllm.client.model import LoraModel
-from fedllm.client.trainer import Progress, Scores, Trained, check_steps, declared_size
+from fedllm.client.tokenizer import ChatTokenizer
+from fedllm.client.trainer import Progress, Scores, Trained, check_steps, declared_size, stream_folder
 from fedllm.errors import ConfigError, DataError, NonFiniteUpdate
 from fedllm.ids import Digest, OwnerId
+from fedllm.messages.mechanism import DP_FTRL, DP_SGD, NONE
 from fedllm.messages.plan import Recipe, RoundPlan
 from fedllm.rng import Rng
 
@@ -37,6 +40,10 @@ class LoraTrainer:
         Longer records are left out; a plan may leave out more, never fewer.
     owner : OwnerId, optional
         This owner's name in plans. May be left out where a plan declares one owner only.
+    unit_column : str
+        Key of every record that names its person; empty where each record is a unit of its own.
+    streams : Path, optional
+        Folder of what DP-FTRL streams remember from round to round; without it no such plan can be trained.
     checkpointing : bool
         Trade time for memory, see `LoraModel`.
 
@@ -56,12 +63,15 @@ class LoraTrainer:
         *,
         max_tokens: int,
         owner: OwnerId | None = None,
+        unit_column: str = "",
+        streams: Path | None = None,
         checkpointing: bool = False,
     ) -> None:
         self._tokenizer = ChatTokenizer(base_path)
         self._max_tokens = max_tokens
         self._owner = owner
-        self._data = open_dataset(data, self._tokenizer, max_tokens=max_tokens)
+        self._streams = streams
+        self._data = open_dataset(data, self._tokenizer, max_tokens=max_tokens, unit_column=unit_column)
         self._model = LoraModel(base_path, base, checkpointing=checkpointing)
 
     @property
@@ -76,36 +86,56 @@ class LoraTrainer:
 
     @property
     def records(self) -> int:
-        """Number of usable training records."""
-        return len(self._data.train)
+        """Number of privacy units to train on: usable records, or persons where a column groups them."""
+        return len(self._data.units)
 
     def fit(
-        self, head: AdapterState, plan: RoundPlan, factors: tuple[Factor, ...], rng: Rng, progress: Progress
+        self,
+        head: AdapterState,
+        plan: RoundPlan,
+        factors: tuple[Factor, ...],
+        rng: Rng,
+        progress: Progress,
+        *,
+        charged: int = 0,
     ) -> Trained:
-        """Train `factors` from `head` by the plan's recipe; DP-SGD if the plan has a mechanism.
+        """Train `factors` from `head` by the plan's recipe and kind of mechanism.
 
-        An exception raised by `progress` ends the training.
+        With ``skellam`` training is plain, and of what it makes only the noised sum may leave: no loss. A stream goes
+        on after the `charged` steps that other plans paid for. An exception raised by `progress` ends the training.
 
         Raises
         ------
         PolicyRefused
             If the plan prices another number of steps than it trains, or does not name this owner.
+        ConfigError
+            If the plan's noise has too coarse a grid, or it has a stream and there is no folder of streams.
+        IntegrityError, DiskFull
+            If the stream's state cannot be read or kept, see `train_stream`.
         NonFiniteUpdate
-            If a gradient is not finite.
+            If a gradient of plain training is not finite.
         """
         check_steps(plan)
         started = time.perf_counter()
-        examples = [e for e in self._data.train if len(e.input_ids) <= plan.recipe.max_tokens]
+        recipe, mechanism = plan.recipe, plan.mechanism
+        units = [kept for unit in self._data.units if (kept := unit.within(recipe.max_tokens)) is not None]
         self._model.load_state(head)
         parameters = self._model.parameters(factors)
         loss: float | None = None
-        if plan.mechanism.kind == "none":
-            loss = train_plain(self._model, parameters, examples, plan.recipe, rng, progress)
-        else:
+        if mechanism.kind == DP_SGD:
             declared = declared_size(plan, self._owner)
-            train_private(self._model, parameters, examples, plan.recipe, plan.mechanism, declared, rng, progress)
+            train_private(self._model, parameters, units, recipe, mechanism, declared, rng, progress)
+        elif mechanism.kind == DP_FTRL:
+            store, declared = StreamStore(stream_folder(self._streams)), declared_size(plan, self._owner)
+            train_correlated(
+                self._model, parameters, units, recipe, mechanism, declared, store, rng, progress, charged=charged
+            )
+        elif units or mechanism.kind == NONE:  # else the zero update: an error would tell that no record fits
+            examples = [example for unit in units for example in unit.examples]
+            plain = train_plain(self._model, parameters, examples, recipe, rng, progress)
+            loss = plain if mechanism.kind == NONE else None
         seconds = time.perf_counter() - started
-        return Trained(self._model.read_state(), len(examples), loss, plan.recipe.steps, seconds)
+        return Trained(self._model.read_state(), len(units), loss, recipe.steps, seconds)
 
     def score(self, state: AdapterState) -> Scores:
         """Return the held-out loss of an adapter."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from fedllm.adapter import AdapterState, Factor
-from fedllm.errors import PolicyRefused
+from fedllm.errors import ConfigError, PolicyRefused
 from fedllm.ids import Digest, OwnerId
+from fedllm.messages.mechanism import DP_FTRL, DP_SGD
 from fedllm.messages.plan import RoundPlan
 from fedllm.rng import Rng
 
@@ -25,9 +27,9 @@ class Trained:
     state : AdapterState
         The head with this round's factors trained.
     records : int
-        Training records held (not the number sampled).
+        Training units held (not the number sampled): records, or persons where the owner groups its records.
     mean_loss : float or None
-        Mean training loss per record; None under DP, where it would be a release outside epsilon.
+        Mean training loss per record; None under any mechanism, where it would be a release outside epsilon.
     steps : int
     seconds : float
         Wall time.
@@ -62,19 +64,32 @@ class Trainer(Protocol):
 
     @property
     def records(self) -> int:
-        """Number of usable training records."""
+        """Number of privacy units to train on: usable records, or persons where the owner groups its records.
+
+        This is what an owner declares: sampling is of units, and DP steps are divided by their number.
+        """
 
     def fit(
-        self, head: AdapterState, plan: RoundPlan, factors: tuple[Factor, ...], rng: Rng, progress: Progress
+        self,
+        head: AdapterState,
+        plan: RoundPlan,
+        factors: tuple[Factor, ...],
+        rng: Rng,
+        progress: Progress,
+        *,
+        charged: int = 0,
     ) -> Trained:
-        """Train `factors` from `head` by the plan's recipe and mechanism; all other factors stay bit for bit."""
+        """Train `factors` from `head` by the plan's recipe and mechanism; all other factors stay bit for bit.
+
+        `charged` is how many steps of the plan's stream, if it has one, the ledger reserved for other plans before.
+        """
 
     def score(self, state: AdapterState) -> Scores:
         """Return the held-out loss of an adapter."""
 
 
 def declared_size(plan: RoundPlan, owner: OwnerId | None) -> int:
-    """Return the public size that an owner's DP steps divide by.
+    """Return the public size, in units, that an owner's DP steps divide by.
 
     Raises
     ------
@@ -89,8 +104,21 @@ def declared_size(plan: RoundPlan, owner: OwnerId | None) -> int:
 
 
 def check_steps(plan: RoundPlan) -> None:
-    """Refuse a plan that would train more noisy steps, or fewer, than its mechanism is priced for."""
-    if plan.mechanism.kind != "none" and plan.mechanism.steps != plan.recipe.steps:
+    """Refuse a plan that would train more noisy steps, or fewer, than its mechanism is priced for.
+
+    Only mechanisms in the silo make noise at each step; an owner's share of a sum's noise is added once, to the end.
+    """
+    if plan.mechanism.kind in {DP_SGD, DP_FTRL} and plan.mechanism.steps != plan.recipe.steps:
         raise PolicyRefused(
             f"the plan trains {plan.recipe.steps} steps and prices {plan.mechanism.steps}; they must be equal"
         )
+
+
+def stream_folder(folder: Path | None) -> Path:
+    """Return where a trainer's DP-FTRL streams are; raise `ConfigError` if it was given no place for them."""
+    if folder is None:
+        raise ConfigError(
+            "the plan has a stream of correlated noise, and this trainer has no folder for its state",
+            hint="give the trainer streams=...; the daemon keeps them in its home folder",
+        )
+    return folder

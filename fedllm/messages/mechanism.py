@@ -29,6 +29,7 @@ RELATION_ADD_REMOVE = "add-or-remove-one"
 RELATION_ZERO_OUT = "zero-out-one"
 """Neighbours differ in one owner's update being replaced by zero; that the owner takes part is public."""
 _LEAST_BAND, _MOST_BAND = 1, 256
+_MOST_COUNT_NOISE = 2.0**22
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class AdaptiveClip:
     rate : float
         The norm moves by a factor of ``exp(-rate * (share - quantile))`` a step.
     count_noise : float
-        Noise standard deviation of the count, in units; above half the noise multiplier.
+        Noise standard deviation of the count, in units: 1 to 2^22, so that integer noise is as good as the Gaussian
+        that is priced, and above half the noise multiplier.
     """
 
     quantile: float
@@ -54,8 +56,8 @@ class AdaptiveClip:
 
     def __post_init__(self) -> None:
         """Refuse numbers that name no quantile or no noise."""
-        if not (0 < self.quantile < 1 and 0 < self.rate <= 1 and 0 < self.count_noise < math.inf):
-            raise ValueError("adaptive clipping: quantile in (0, 1), rate in (0, 1], positive count noise")
+        if not (0 < self.quantile < 1 and 0 < self.rate <= 1 and 1 <= self.count_noise <= _MOST_COUNT_NOISE):
+            raise ValueError("adaptive clipping: quantile in (0, 1), rate in (0, 1], count noise 1 to 2^22")
 
 
 @dataclass(frozen=True)

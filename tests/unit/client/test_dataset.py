@@ -13,13 +13,16 @@ from fedllm.client.dataset import (
     IGNORED,
     MALFORMED_JSON,
     NOT_UTF8,
+    UNIT_MISSING,
     WRONG_SHAPE,
-    ChatTokenizer,
+    Example,
+    Unit,
     check,
     digest,
     open_dataset,
     read,
 )
+from fedllm.client.tokenizer import ChatTokenizer
 from fedllm.errors import DataError
 
 
@@ -149,3 +152,84 @@ def test_a_record_that_is_trained_on_and_held_out_is_refused(tmp_path: Path) -> 
     write(tmp_path / "heldout.jsonl", {"text": "two"})
     with pytest.raises(DataError, match=r"1 records are in both train\.jsonl and heldout\.jsonl"):
         open_dataset(tmp_path, Letters(), max_tokens=100)
+
+
+def persons(tmp_path: Path, train: Sequence[object], heldout: Sequence[object] = ({"text": "h", "who": "h"},)) -> Path:
+    """Write a data folder whose records have a column of persons."""
+    write(tmp_path / "train.jsonl", *train)
+    write(tmp_path / "heldout.jsonl", *heldout)
+    return tmp_path
+
+
+def test_a_column_groups_records_into_units(tmp_path: Path) -> None:
+    """All records of a person are one unit, however they are spread; a number and its digits are one person."""
+    rows = [("a", "x"), ("b", 7), ("c", "x"), ("d", "7"), ("e", "y"), ("f", " x ")]
+    folder = persons(tmp_path, [{"text": text, "who": who} for text, who in rows])
+    data = open_dataset(folder, Letters(), max_tokens=9, unit_column="who")
+    texts = [["".join(chr(t) for t in e.input_ids[:-1]) for e in unit.examples] for unit in data.units]
+    assert texts == [["a", "c", "f"], ["b", "d"], ["e"]]
+    assert [len(e.input_ids) for e in data.train] == [2] * 6
+    assert len({unit.key for unit in data.units}) == 3
+    alone = open_dataset(folder, Letters(), max_tokens=9)
+    assert [len(unit.examples) for unit in alone.units] == [1] * 6
+    assert repr(data) == "Dataset(3 units of 6 train, 1 held out)"
+
+
+@pytest.mark.parametrize("who", [None, "", "  ", True, 1.5, ["x"], {"id": 1}])
+def test_a_record_without_a_person_is_named_by_line_only(tmp_path: Path, who: object) -> None:
+    """Whoever is left out would be covered by nobody's epsilon; an empty name would make strangers one person."""
+    folder = persons(tmp_path, [{"text": "a", "who": "x"}, {"text": "SECRET", "who": who}, {"text": "SECRET"}])
+    report = read(folder / "train.jsonl", Letters(), max_tokens=9, unit_column="who")
+    assert [(r.line, r.reason) for r in report.rejected] == [(2, UNIT_MISSING), (3, UNIT_MISSING)]
+    with pytest.raises(DataError, match=r"2 \(unit-missing\), 3 \(unit-missing\)") as caught:
+        open_dataset(folder, Letters(), max_tokens=9, unit_column="who")
+    assert "SECRET" not in f"{report!r} {json.dumps(report.to_json())} {caught.value}"
+
+
+def test_nobody_is_trained_on_and_scored(tmp_path: Path) -> None:
+    """Held-out scores are outside epsilon: two persons in both files are two too many, and are not named."""
+    train = [{"text": c, "who": c} for c in "abc"]
+    folder = persons(tmp_path, train, [{"text": "1", "who": "a"}, {"text": "2", "who": "c"}, {"text": "3", "who": "d"}])
+    with pytest.raises(DataError, match="2 persons have records in both") as caught:
+        open_dataset(folder, Letters(), max_tokens=9, unit_column="who")
+    assert "split the files by who" in str(caught.value.hint)
+    assert len(open_dataset(folder, Letters(), max_tokens=9).heldout) == 3, "without a column nobody is known"
+
+
+def test_long_records_leave_their_unit(tmp_path: Path) -> None:
+    """A unit keeps its records that fit; one with none disappears, when read and in a plan with a lower limit."""
+    rows = [("aaaa", "x"), ("a" * 50, "x"), ("b" * 50, "y"), ("a", "x"), ("cccc", "z")]
+    folder = persons(tmp_path, [{"text": text, "who": who} for text, who in rows])
+    report = read(folder / "train.jsonl", Letters(), max_tokens=9, unit_column="who")
+    assert [len(unit.examples) for unit in report.units] == [2, 1]
+    assert (report.accepted, report.too_long) == (3, 2)
+    kept = [unit.within(2) for unit in report.units]
+    assert kept[0] is not None
+    assert ([len(e.input_ids) for e in kept[0].examples], kept[0].key, kept[1]) == ([2], report.units[0].key, None)
+
+
+def test_reports_count_units(tmp_path: Path) -> None:
+    """What is sampled and declared is units: an owner must see their number."""
+    folder = persons(tmp_path, [{"text": c, "who": ord(c) % 2} for c in "abcde"])
+    grouped = read(folder / "train.jsonl", Letters(), max_tokens=9, unit_column="who").to_json()
+    assert (grouped["accepted"], grouped["units"]) == (5, 2)
+    assert read(folder / "train.jsonl", Letters(), max_tokens=9).to_json()["units"] == 5
+
+
+def test_keys_are_of_the_content(tmp_path: Path) -> None:
+    """Same tokens, same key, wherever they stand; other labels or another person, another key; nothing is printed."""
+    example = Example((1, 2, 3), (IGNORED, 2, 3))
+    assert Unit((example,)).key == Unit((Example((1, 2, 3), (IGNORED, 2, 3)),)).key
+    folder = persons(tmp_path, [{"text": "a", "who": "x"}, {"text": "a", "who": "y"}])
+    first, second = open_dataset(folder, Letters(), max_tokens=9, unit_column="who").units
+    others = [Unit((Example((1, 2, 3), (1, 2, 3)),)), Unit((Example((1, 2), (1, 2)),)), first, second]
+    keys = {Unit((example,)).key, *(unit.key for unit in others)}
+    assert len(keys) == 5
+    assert {len(key) for key in keys} == {32}
+    assert repr(first) == "Unit(examples=(Example(2 tokens),))"
+
+
+def test_half_a_surrogate_pair_is_a_name_like_any_other(tmp_path: Path) -> None:
+    """JSON can spell what UTF-8 cannot: that must not end the daemon with the name in a traceback."""
+    folder = persons(tmp_path, [b'{"text": "a", "who": "\\ud800"}', {"text": "b", "who": "x"}])
+    assert len(open_dataset(folder, Letters(), max_tokens=9, unit_column="who").units) == 2

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -12,14 +14,15 @@ from scipy import stats
 
 from fedllm.adapter import AdapterSpec, AdapterState
 from fedllm.client import dpsgd
-from fedllm.client.dataset import ChatTokenizer, Example, open_dataset
+from fedllm.client.dataset import Example, Unit, open_dataset
 from fedllm.client.model import LoraModel
+from fedllm.client.tokenizer import ChatTokenizer
 from fedllm.errors import ConfigError
 from fedllm.ids import Digest
 from fedllm.messages.mechanism import RELATION_ADD_REMOVE, UNIT_RECORD, Mechanism
 from fedllm.messages.plan import Recipe
 from fedllm.privacy.clip import SLACK
-from fedllm.rng import SeededRng, uniform_floats
+from fedllm.rng import OsRng, Rng, SeededRng, uniform_floats
 
 BASE = Digest("ab" * 32)
 SPEC = AdapterSpec(BASE, 4, 8, {"q_proj": (64, 64), "v_proj": (32, 64)}, (1,))
@@ -63,13 +66,21 @@ def gradients(model: LoraModel, examples: list[Example], factors: tuple[str, ...
         return dpsgd.record_gradients(model, upper, parameters, examples)
 
 
-def moved(model: LoraModel, examples: tuple[Example, ...], plan: Mechanism, declared: int, seed: str) -> np.ndarray:
+def units(examples: Sequence[Example]) -> list[Unit]:
+    """Return each record as a unit of its own."""
+    return [Unit((example,)) for example in examples]
+
+
+def moved(
+    model: LoraModel, examples: Sequence[Example], plan: Mechanism, declared: int, seed: str, rng: Rng | None = None
+) -> np.ndarray:
     """Return how far one private training moved B."""
     state = started()
     model.load_state(state)
     layout = SPEC.layout(("B",))
     parameters = model.parameters(("B",))
-    dpsgd.train_private(model, parameters, examples, RECIPE, plan, declared, SeededRng(seed), lambda done, total: None)
+    rng = rng or SeededRng(seed)
+    dpsgd.train_private(model, parameters, units(examples), RECIPE, plan, declared, rng, lambda done, total: None)
     return layout.flatten(model.read_state().factors).astype(float) - layout.flatten(state.factors)
 
 
@@ -123,9 +134,11 @@ def test_trap_3_checkpointing_is_exact(tiny_base: Path, model: LoraModel, exampl
     saving._causal.float()
     batch = list(examples[:4])
     expected = gradients(model, batch)
+    passes: list[bool] = []
+    saving._causal.model.layers[1].mlp.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
     got = gradients(saving, batch)
+    assert passes == [False, True], "activations are dropped, and computed again for the backward pass"
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-9)
-    assert any(layer.gradient_checkpointing for layer in saving._causal.model.layers)
 
 
 def test_trap_4_what_is_read_is_what_was_trained(model: LoraModel, examples: tuple[Example, ...]) -> None:
@@ -138,6 +151,19 @@ def test_trap_4_what_is_read_is_what_was_trained(model: LoraModel, examples: tup
     assert model.read_state().digest == after.digest
     assert not any("_module" in name for name, _ in model.tail.named_parameters())
     assert not any(hasattr(p, "grad_sample") for p in model.tail.parameters()), "hooks are gone"
+
+
+def test_an_interrupted_step_leaves_nothing_behind(model: LoraModel, examples: tuple[Example, ...]) -> None:
+    """A forward pass without its backward pass, of another size: the next training's gradients are its own alone."""
+    expected = gradients(model, list(examples[:2]))
+    model.load_state(started())
+    model.parameters(("A", "B"))
+    with pytest.raises(RuntimeError, match="out of memory"), dpsgd._per_record(model) as upper:
+        model.answer_losses(examples[2:7], upper=upper)
+        raise RuntimeError("out of memory")
+    np.testing.assert_allclose(gradients(model, list(examples[:2])), expected, rtol=1e-5, atol=1e-9)
+    left = {name for module in model.tail.modules() for name in vars(module)}
+    assert not left & {"activations", "max_batch_len", "autograd_grad_sample_hooks"}
 
 
 def test_only_the_trained_factor_moves(model: LoraModel, examples: tuple[Example, ...]) -> None:
@@ -153,10 +179,10 @@ def test_no_record_counts_more_than_the_clip_norm(model: LoraModel, examples: tu
     parameters = model.parameters(("B",))
     clip = 1e-4
     with dpsgd._per_record(model) as upper:
-        one = dpsgd.clipped_sum(model, upper, parameters, examples[:1], clip, 4)
-        many = dpsgd.clipped_sum(model, upper, parameters, examples[:9], clip, 4)
-        fewer = dpsgd.clipped_sum(model, upper, parameters, examples[1:9], clip, 4)
-        none = dpsgd.clipped_sum(model, upper, parameters, [], clip, 4)
+        one, many, fewer, none = (
+            dpsgd.clipped_sum(model, upper, parameters, units(part), clip, 4)[0]
+            for part in (examples[:1], examples[:9], examples[1:9], [])
+        )
     assert np.linalg.norm(one) == pytest.approx(clip * (1 - SLACK), rel=1e-9)
     np.testing.assert_allclose(many - fewer, one, atol=clip * 1e-4)
     assert not none.any()
@@ -167,7 +193,8 @@ def test_microbatches_change_memory_not_the_result(model: LoraModel, examples: t
     model.load_state(started())
     parameters = model.parameters(("B",))
     with dpsgd._per_record(model) as upper:
-        sums = [dpsgd.clipped_sum(model, upper, parameters, examples[:10], 0.05, size) for size in (1, 3, 10)]
+        batch = units(examples[:10])
+        sums = [dpsgd.clipped_sum(model, upper, parameters, batch, 0.05, size)[0] for size in (1, 3, 10)]
     for other in sums[1:]:
         np.testing.assert_allclose(other, sums[0], rtol=1e-3, atol=1e-7)
 
@@ -207,3 +234,46 @@ def test_too_coarse_a_grid_is_refused(model: LoraModel, examples: tuple[Example,
     """Noise so large that rounding to its grid could pass the clipping slack: no guarantee, no training."""
     with pytest.raises(ConfigError, match="noise grid"):
         moved(model, examples, mechanism(noise=1e4), 40, "coarse")
+
+
+def test_all_randomness_is_the_operating_systems(
+    model: LoraModel, examples: tuple[Example, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Generators of torch and numpy can be predicted from their outputs: none is asked, none moves."""
+
+    def refuse(*_arguments: object, **_keywords: object) -> NoReturn:
+        raise AssertionError("a generator that is not cryptographic was asked")
+
+    for name in ("normal", "randn", "rand", "randint", "randperm", "bernoulli", "randn_like", "rand_like"):
+        monkeypatch.setattr(torch, name, refuse)
+    for name in ("normal_", "uniform_", "bernoulli_", "random_", "exponential_", "log_normal_", "cauchy_"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    for name in ("default_rng", "normal", "standard_normal", "randn", "random", "uniform", "laplace", "choice"):
+        monkeypatch.setattr(np.random, name, refuse)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
+    asked: list[int] = []
+
+    class Counting(OsRng):
+        def token(self, size: int) -> bytes:
+            asked.append(size)
+            return super().token(size)
+
+    step = moved(model, examples, mechanism(), 40, "unused", Counting())
+    assert sum(asked) > 8 * step.size, "the noise alone needs a word an entry"
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+    assert not np.array_equal(step, moved(model, examples, mechanism(), 40, "unused", OsRng()))
+
+
+@pytest.mark.parametrize("values", [np.zeros, np.ones])
+def test_zero_gradients_are_not_divided_by(
+    model: LoraModel, examples: tuple[Example, ...], monkeypatch: pytest.MonkeyPatch, values: Callable[..., np.ndarray]
+) -> None:
+    """A gradient without length stays, one with length is cut to the clip norm, however large that is."""
+    monkeypatch.setattr(dpsgd, "record_gradients", lambda m, u, p, e: values((len(e), sum(x.numel() for x in p))))
+    model.load_state(started())
+    parameters = model.parameters(("B",))
+    total, balance = dpsgd.clipped_sum(model, model.tail, parameters, units(examples[:3]), 12.0, 4)
+    length = np.linalg.norm(values(sum(p.numel() for p in parameters)))
+    assert np.linalg.norm(total) == pytest.approx(3 * min(length, 12.0 * (1 - SLACK)))
+    assert balance == (3 if length <= 12.0 else -3)

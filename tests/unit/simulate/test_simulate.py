@@ -163,7 +163,7 @@ def test_adapters_have_exactly_the_entries_asked_for(method: str, dim: int) -> N
         (1001, 10, None, "1001 owners"),
         (4, 0, None, "dim is 0"),
         (4, 10**8, None, "dim is 100000000"),
-        (4, 4_000_000, 1.0, "noise grid"),
+        (4, 4_000_000, 8.0, "noise grid"),
     ],
 )
 def test_impossible_federations_are_refused_before_anything_is_made(
