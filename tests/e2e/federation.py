@@ -29,9 +29,12 @@ PRIVATE = {
 
 @asynccontextmanager
 async def running(
-    base: Path, data: Mapping[str, Path], *, transport: str, **keys: Any
+    base: Path, data: Mapping[str, Path], *, transport: str, limits: Mapping[str, str] | None = None, **keys: Any
 ) -> AsyncIterator[tuple[Cluster, Control]]:
-    """Run coordinator, daemons and endpoint; nothing is left afterwards, except logs when a test failed."""
+    """Run coordinator, daemons and endpoint; nothing is left afterwards, except logs when a test failed.
+
+    `limits` are set in every owner's policy before it starts.
+    """
     root = Path(tempfile.mkdtemp(prefix="fl-"))
     federation = {**PRIVATE, "transport": "flower" if transport == "direct" else transport, **keys}
     if transport == "local":
@@ -40,6 +43,9 @@ async def running(
     cluster.enrol(dict.fromkeys(data, 40))
     if transport == "direct":
         _move_to_direct(cluster)
+    for owner in data:
+        for limit, value in (limits or {}).items():
+            command("client", "policy", "set", limit, value, "--home", cluster.owner_home(owner))
     cluster.start()
     try:
         await until_ready(cluster, CLOCK)

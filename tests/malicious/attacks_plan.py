@@ -12,15 +12,17 @@ from malicious.scene import OWNERS, POLICY, Attack, Play, Scene, Verdicts, begin
 from unit.client.owner_fakes import DP, IDENTITIES, SPEC
 
 from fedllm.adapter import AdapterState
+from fedllm.aggregation.methods import get_method
+from fedllm.aggregation.noised import NoisedVector
 from fedllm.aggregation.secagg import graph
 from fedllm.aggregation.secagg.owner import SecAggOwner
 from fedllm.aggregation.secagg.terms import SumTerms
-from fedllm.client import policy
+from fedllm.client import limits, policy
 from fedllm.client.daemon import Daemon
 from fedllm.identity import Roster, SigningIdentity
 from fedllm.ids import Digest, OwnerId, RoundNumber, sha256
-from fedllm.messages.mechanism import Mechanism
-from fedllm.messages.plan import RoundPlan, SignedPlan, honest_threshold
+from fedllm.messages.mechanism import RELATION_ZERO_OUT, SKELLAM, UNIT_OWNER, Mechanism, NoiseShares
+from fedllm.messages.plan import Ring, RoundPlan, SignedPlan, honest_threshold
 from fedllm.messages.round import Close
 from fedllm.privacy.ledger import Ledger
 from fedllm.rng import SeededRng
@@ -140,6 +142,13 @@ def declared(**counts: int) -> RoundPlan:
     return plan(declared_records=sizes, weights={o: size / max(sizes.values()) for o, size in sizes.items()})
 
 
+def noised(*, honest: int = 2, dimension: int = SPEC.layout(get_method("ffa").trainable(1)).size) -> dict[str, Any]:
+    """Return the fields of a plan whose owners add the noise together."""
+    shares = NoiseShares(honest, dimension, 1 << 15)
+    made = Mechanism(SKELLAM, UNIT_OWNER, RELATION_ZERO_OUT, 8.0, 0.5, 1.0, 1, 1e-5, shares=shares)
+    return {"mechanism": made, "ring": Ring(32, 16, 0.5)}
+
+
 STRICT = dataclasses.replace(POLICY, min_cohort=4)
 DROWNED = {owner: 1.0 if owner == OWNERS[0] else 1e-6 for owner in OWNERS}
 THRIFTY = dataclasses.replace(POLICY, max_epsilon=0.5)
@@ -213,16 +222,16 @@ PLANS = [
     # one owner's update as the sum
     Attack(
         "weights that drown everybody else", offered(plan(weights=DROWNED)), "policy-refused",
-        (cut(policy._check_weights, "plan.weights !="),), BEGUN,
+        (cut(limits.check_weights, "plan.weights !="),), BEGUN,
     ),
     Attack(
         "sizes that drown everybody else", offered(declared(east=1_000_000)), "policy-refused",
-        (cut(policy._check_weights, "policy.max_size_ratio"),), BEGUN,
+        (cut(limits.check_weights, "policy.max_size_ratio"),), BEGUN,
     ),
     # privacy and its price
     Attack(
         "a plan without differential privacy", offered(plan(**NONE)), "policy-refused",
-        (cut(policy._check_privacy, "policy.allow_without_dp"),), "budget-exhausted",
+        (cut(limits.check_privacy, "policy.allow_without_dp"),), "budget-exhausted",
     ),
     Attack(
         "a plan that costs more than is left", offered(plan(), policy=THRIFTY), "budget-exhausted",
@@ -230,11 +239,20 @@ PLANS = [
     ),
     Attack(
         "more steps trained than charged", offered(plan(recipe=LONG)), "policy-refused",
-        (cut(policy._check_privacy, "mechanism.steps != plan.recipe.steps"),), BEGUN,
+        (cut(limits._check_numbers, "mechanism.steps != plan.recipe.steps"),), BEGUN,
     ),
     Attack(
         "a weaker delta", offered(plan(mechanism=dataclasses.replace(DP, delta=1e-3))), "policy-refused",
-        (cut(policy._check_privacy, "mechanism.delta > policy.delta"),), BEGUN,
+        (cut(limits._check_numbers, "mechanism.delta > policy.delta"),), BEGUN,
+    ),
+    # noise that is not there
+    Attack(
+        "noise of owners who may collude counted as honest", offered(plan(**noised(honest=3))), "policy-refused",
+        (cut(limits._check_shares, "shares.honest >"),), BEGUN,
+    ),
+    Attack(
+        "noise for shorter updates than are sent", offered(plan(**noised(dimension=1))), "policy-refused",
+        (cut(limits._check_shares, "shares.dimension != size"), cut(NoisedVector.of, "shares.dimension !=")), BEGUN,
     ),
     # another model
     Attack(

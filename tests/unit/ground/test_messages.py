@@ -47,11 +47,11 @@ def test_a_signed_plan_opens_with_the_pinned_key_only() -> None:
 
 
 def test_a_plan_of_another_version_is_named_before_its_fields_are_read() -> None:
-    """A newer coordinator gets 'version 9 found, 2 spoken here', not a decode error."""
+    """A newer coordinator gets 'version 9 found, 3 spoken here', not a decode error."""
     fields = cbor2.loads(plan().encoded)
     future = cbor2.dumps({**fields, "version": 9, "brand_new": True}, canonical=True)
     signed = SignedPlan(future, ME.sign(PLAN_CONTEXT, future))
-    with pytest.raises(VersionUnsupported, match="version 9 found, 2 spoken"):
+    with pytest.raises(VersionUnsupported, match="version 9 found, 3 spoken"):
         signed.open(ME.public)
 
 

@@ -106,7 +106,7 @@ def test_gradients_get_the_noise_that_the_count_leaves_them() -> None:
 @given(st.floats(1 / SPAN, SPAN), st.integers(10, 10**7), st.floats(0.3, 500.0))
 def test_a_grid_is_refused_at_the_first_step_or_never(moved: float, dimension: int, noise: float) -> None:
     """A refusal in mid-round would waste what was charged: all norms that one round can meet fare alike."""
-    plan = dataclasses.replace(DP, noise_multiplier=noise, adaptive=AdaptiveClip(0.5, 0.2, 2 * noise))
+    plan = dataclasses.replace(DP, noise_multiplier=noise, adaptive=AdaptiveClip(0.5, 0.2, 2 * noise + 1))
 
     def refused(norm: float) -> bool:
         try:

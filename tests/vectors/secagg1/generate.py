@@ -29,8 +29,8 @@ NAMES = ("east", "far", "mid", "north", "south", "west", "yard")
 LOST = "far"  # deposits its shares, never sends its vector
 THRESHOLD = 3
 ENTRIES = 9
-COMPLETE_PLAN = "1b23fab0dc71a74295d004c7d0f3ec704e58fedfdbcdcbee4ae6d4c77980786c"
-SPARSE_PLAN = "ccd132d9f84be5b4628e4cb66bb3d15079ac6e9dc54b42a55eb72dc57ec4e1c6"
+COMPLETE_PLAN = "20ade8833fc3b320064839426c919070722d72c46bac9bccdc98876c6de7f234"
+SPARSE_PLAN = "032ca71be127ea427971ac183edeb92490f67a073291c5254fd7c5f1d1242809"
 """Digests of the two plans: four owners on the complete graph, seven with four neighbours each."""
 
 
