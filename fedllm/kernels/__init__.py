@@ -1,8 +1,8 @@
 """Multi-LoRA kernels: many adapters and the base model in one batch.
 
-`lora_apply` dispatches by device. A kernel is a pair ``plan``/``apply``: `plan_lora` runs once a step (the
-metadata is shared by all layers), `lora_apply` once a layer. `fedllm.kernels.reference` is the specification
-that every kernel is tested against; a GPU kernel joins here, behind the same two functions.
+`plan_lora` runs once a step (its metadata is shared by all layers) and chooses by device: plain torch on a CPU,
+Triton on CUDA. `lora_apply` runs once a layer and follows the plan. `fedllm.kernels.reference` is the
+specification that every kernel is tested against.
 """
 
 from __future__ import annotations
@@ -10,15 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedllm.kernels import cpu
-from fedllm.kernels.cpu import Plan
+from fedllm.kernels import cpu, triton_plan
 from fedllm.kernels.segments import BASE_SLOT, Segments, build_segments
 from fedllm.kernels.stack import LoraStack, new_stack, write_slot
+from fedllm.kernels.triton_plan import PlanBuffers
 
 __all__ = [
     "BASE_SLOT",
     "LoraStack",
     "Plan",
+    "PlanBuffers",
     "Segments",
     "build_segments",
     "lora_apply",
@@ -27,9 +28,13 @@ __all__ = [
     "write_slot",
 ]
 
+Plan = cpu.Plan | triton_plan.Plan
+
 
 def plan_lora(segments: Segments, *, device: str | torch.device) -> Plan:
     """Prepare a batch's metadata for `lora_apply`.
+
+    A caller that captures CUDA graphs keeps `PlanBuffers` of its own instead, whose address and size stay.
 
     Parameters
     ----------
@@ -38,6 +43,8 @@ def plan_lora(segments: Segments, *, device: str | torch.device) -> Plan:
     device : str or torch.device
         Where the activations are.
     """
+    if torch.device(device).type == "cuda":
+        return triton_plan.plan(segments, device=device)
     return cpu.plan(segments, device=device)
 
 
@@ -57,6 +64,17 @@ def lora_apply(y_TO: Tensor, x_TD: Tensor, stack: LoraStack, segments: Segments 
     segments : Segments or Plan
         Slot of each token; pass a plan where several layers share a batch.
     """
-    if isinstance(segments, Segments):
-        segments = plan_lora(segments, device=x_TD.device)
-    cpu.apply(y_TO, x_TD, stack, segments)
+    plan = plan_lora(segments, device=x_TD.device) if isinstance(segments, Segments) else segments
+    if isinstance(plan, cpu.Plan):
+        cpu.apply(y_TO, x_TD, stack, plan)
+    elif plan.rows:
+        triton_plan.check_shapes(y_TO, x_TD, stack)
+        # Imported with the first batch: Triton is slow to import, and a CPU has no use for it.
+        if plan.way == "decode":
+            from fedllm.kernels import triton_decode
+
+            triton_decode.apply(y_TO, x_TD, stack, plan)
+        else:
+            from fedllm.kernels import triton_prefill
+
+            triton_prefill.apply(y_TO, x_TD, stack, plan)

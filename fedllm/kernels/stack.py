@@ -25,11 +25,15 @@ class LoraStack:
         ``alpha / r``, so that no kernel reads a scale.
     ranks : list of int
         True rank of each slot, 0 when empty.
+    ranks_S : Tensor
+        The same, int32 on the device: a kernel in a CUDA graph reads it, and a slot may be rewritten after the
+        graph was captured.
     """
 
     a_SPRD: Tensor  # noqa: N815
     b_PSRO: tuple[Tensor, ...]  # noqa: N815
     ranks: list[int]
+    ranks_S: Tensor  # noqa: N815
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -48,7 +52,8 @@ def new_stack(
     """Return a stack of empty (all zero) slots."""
     a_SPRD = torch.zeros(slots, len(widths_out), max_rank, width_in, dtype=dtype, device=device)
     b_PSRO = tuple(torch.zeros(slots, max_rank, o, dtype=dtype, device=device) for o in widths_out)
-    return LoraStack(a_SPRD, b_PSRO, [0] * slots)
+    ranks_S = torch.zeros(slots, dtype=torch.int32, device=device)
+    return LoraStack(a_SPRD, b_PSRO, [0] * slots, ranks_S)
 
 
 def write_slot(
@@ -85,3 +90,4 @@ def write_slot(
             stack.a_SPRD[slot, projection, :rank].copy_(a_RD)
             b_SRO[slot, :rank].copy_(scale * b_OR.T)
     stack.ranks[slot] = rank
+    stack.ranks_S[slot] = rank

@@ -2,52 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
+from benchmarks.kernels_mixes import MIXES, TOLERANCE, filled_stack, mix, scene
 from fedllm import kernels
 from fedllm.kernels import cpu, reference
 from fedllm.kernels.segments import build_segments
 
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 3e-2}
+RANKS = (1, 2, 3, 4, 5, 1, 2, 3)
 SHAPES = [(1, 64, (64,)), (7, 65, (33, 9, 9)), (16, 48, (31,)), (17, 48, (31, 5)), (131, 40, (24, 8, 8))]
-MIXES = ["identical", "distinct", "uniform", "skewed", "with_base", "all_base"]
-
-
-def mix(name: str, tokens: int, slots: int) -> list[int]:
-    """Return token slots for one of Punica's popularity mixes, or one that has base tokens."""
-    draw = np.random.default_rng(7)
-    if name == "identical":
-        return [2] * tokens
-    if name == "distinct":
-        return [i % slots for i in range(tokens)]
-    if name == "uniform":
-        return draw.integers(0, slots, tokens).tolist()
-    if name == "skewed":
-        return np.minimum(draw.zipf(1.5, tokens) - 1, slots - 1).tolist()
-    if name == "with_base":
-        return draw.integers(-1, slots, tokens).tolist()
-    return [-1] * tokens
-
-
-def filled_stack(slots: int, rank: int, width: int, outs: tuple[int, ...], dtype: torch.dtype):
-    """Return a stack of different true ranks and scales; slot 1 lacks its second projection."""
-    gen = torch.Generator().manual_seed(3)
-    stack = kernels.new_stack(slots, rank, width, outs, dtype=dtype, device="cpu")
-    for slot in range(slots):
-        r = 1 + slot % rank
-        factors = [
-            None
-            if slot == 1 and p == 1
-            else (
-                torch.randn(r, width, generator=gen) / width**0.5,
-                torch.randn(o, r, generator=gen) / r**0.5,
-            )
-            for p, o in enumerate(outs)
-        ]
-        kernels.write_slot(stack, slot, factors, r, 0.5 + slot)
-    return stack
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -56,24 +20,16 @@ def filled_stack(slots: int, rank: int, width: int, outs: tuple[int, ...], dtype
 def test_matches_reference(dtype, popularity, shape) -> None:
     """Any mix of adapters and base, any odd shape, equals the token-by-token specification."""
     tokens, width, outs = shape
-    stack = filled_stack(8, 5, width, outs, dtype)
-    gen = torch.Generator().manual_seed(11)
-    x = torch.randn(tokens, width, generator=gen).to(dtype)
-    y = torch.randn(tokens, sum(outs), generator=gen).to(dtype)
-    segments = build_segments(mix(popularity, tokens, 8))
-    want, got = y.clone(), y.clone()
-    reference.lora_apply(want, x, stack, segments)
-    kernels.lora_apply(got, x, stack, segments)
-    scale = max(1.0, float(want.abs().max()))
-    assert float((want - got).abs().max()) <= TOLERANCE[dtype] * scale
-    base = torch.from_numpy(segments.token_slots) == -1
-    assert torch.equal(got[base], y[base])
+    batch = scene(mix(popularity, tokens, 8), filled_stack(RANKS, 5, width, outs, dtype))
+    got = batch.y_TO.clone()
+    kernels.lora_apply(got, batch.x_TD, batch.stack, batch.segments)
+    assert batch.error(got) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("tokens", [5, 40])
 def test_base_rows_are_not_even_touched(tokens: int) -> None:
     """A base row keeps its exact bits, a NaN, an infinity and a negative zero included."""
-    stack = filled_stack(4, 3, 16, (12,), torch.float32)
+    stack = filled_stack((1, 2, 3, 1), 3, 16, (12,), torch.float32)
     slots = [-1 if t % 2 else t % 4 for t in range(tokens)]
     y = torch.zeros(tokens, 12)
     y[1] = float("nan")
@@ -87,7 +43,7 @@ def test_base_rows_are_not_even_touched(tokens: int) -> None:
 
 def test_a_poisoned_neighbour_does_not_leak() -> None:
     """One token's NaN input reaches no other token's row, in either way of computing."""
-    stack = filled_stack(4, 3, 16, (12,), torch.float32)
+    stack = filled_stack((1, 2, 3, 1), 3, 16, (12,), torch.float32)
     for tokens in (4, 40):
         x = torch.ones(tokens, 16)
         x[0] = float("nan")
@@ -99,7 +55,7 @@ def test_a_poisoned_neighbour_does_not_leak() -> None:
 
 def test_an_overflowing_adapter_does_not_reach_its_neighbour() -> None:
     """A hostile adapter that overflows on everyone's tokens spoils only the rows that asked for it."""
-    stack = filled_stack(2, 2, 16, (12,), torch.float32)
+    stack = filled_stack((1, 2), 2, 16, (12,), torch.float32)
     kernels.write_slot(stack, 0, [(torch.full((1, 16), 3e38), torch.full((12, 1), 3e38))], 1, 1.0)
     for tokens in (2, 40):
         y = torch.zeros(tokens, 12)
@@ -110,7 +66,7 @@ def test_an_overflowing_adapter_does_not_reach_its_neighbour() -> None:
 
 def test_rewriting_a_slot_leaves_nothing_behind() -> None:
     """A smaller adapter written over a bigger one is exactly that smaller adapter."""
-    stack = filled_stack(3, 4, 8, (6,), torch.float32)
+    stack = filled_stack((1, 2, 3), 4, 8, (6,), torch.float32)
     a, b = torch.randn(1, 8), torch.randn(6, 1)
     kernels.write_slot(stack, 2, [(a, b)], 1, 2.0)
     x = torch.randn(3, 8)
@@ -147,7 +103,7 @@ def test_both_ways_are_exercised(slots: list[int], padded: bool) -> None:
     segments = build_segments(slots)
     chosen = cpu.plan(segments, device="cpu")
     assert (chosen.padding is not None) == padded
-    stack = filled_stack(8, 3, 16, (12, 4), torch.float64)
+    stack = filled_stack((1, 2, 3, 1, 2, 3, 1, 2), 3, 16, (12, 4), torch.float64)
     x = torch.randn(len(slots), 16, dtype=torch.float64)
     want, got = torch.zeros(2, len(slots), 16, dtype=torch.float64)
     reference.lora_apply(want, x, stack, segments)
