@@ -26,6 +26,8 @@ from fedllm.errors import BaseUnsupported, DigestMismatch, NotFound
 from fedllm.ids import Digest, sha256
 
 RECORD_FILE = "fedllm-base.json"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of ``model_type`` that owners train and the endpoint serves."""
 _VOLATILE = frozenset({"transformers_version", "_name_or_path"})
 _CHUNK = 1 << 20
 
@@ -40,7 +42,7 @@ class BaseModel:
     digest : Digest
         See the module's docstring for what it covers.
     model_type : str
-        ``llama``.
+        One of `FAMILIES`.
     hidden_size, num_layers, num_heads, num_kv_heads, head_dim, intermediate_size, vocab_size : int
     context_length : int
         Positions the model was trained for.
@@ -81,7 +83,7 @@ class BaseModel:
             "down_proj": (hidden, inner),
         }
         if target_module not in shapes:
-            raise BaseUnsupported(f"no projection {target_module!r} in a llama layer; allowed: {', '.join(shapes)}")
+            raise BaseUnsupported(f"no projection {target_module!r} in a layer; allowed: {', '.join(shapes)}")
         return shapes[target_module]
 
 
@@ -100,7 +102,7 @@ def open_base(path: Path) -> BaseModel:
     NotFound
         No such folder.
     BaseUnsupported
-        A file is missing or the architecture is not Llama.
+        A file is missing or the architecture is not one of `FAMILIES`.
     """
     config = read_config(path)
     weights = sorted(path.glob("*.safetensors"))
@@ -111,7 +113,8 @@ def open_base(path: Path) -> BaseModel:
     shape = {name: _positive(config, key, path) for name, key in _SHAPE.items()}
     heads = shape["num_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or shape["hidden_size"] // heads
+    # Qwen3's own code takes 128 where the config is silent
+    head_dim = config.get("head_dim") or (128 if config["model_type"] == "qwen3" else shape["hidden_size"] // heads)
     if heads % kv_heads:
         raise BaseUnsupported(f"{path}/config.json: {heads} heads are not a multiple of {kv_heads} key-value heads")
     return BaseModel(
@@ -136,7 +139,7 @@ _SHAPE = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return ``config.json`` of a Llama folder; raise `NotFound` or `BaseUnsupported`."""
+    """Return ``config.json`` of a base model folder; raise `NotFound` or `BaseUnsupported`."""
     if not path.is_dir():
         raise NotFound(f"no base model folder at {path}", hint="fedllm model pull smollm2-135m")
     file = path / "config.json"
@@ -147,8 +150,8 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError:
         raise BaseUnsupported(f"{file} is not JSON") from None
     found = config.get("model_type") if isinstance(config, dict) else None
-    if found != "llama":
-        raise BaseUnsupported(f"{file}: model_type {found!r}; allowed: 'llama'")
+    if found not in FAMILIES:
+        raise BaseUnsupported(f"{file}: model_type {found!r}; allowed: {', '.join(FAMILIES)}")
     if config.get("quantization_config"):
         raise BaseUnsupported(f"{file}: quantised weights; allowed: dense bf16, fp16 or fp32")
     return dict(config)

@@ -238,4 +238,7 @@ def _part(inner: Any, start: int, stop: int) -> Any:
     part = copy.copy(inner)
     part._modules = dict(inner._modules)  # nn.Module has no public shallow copy
     part.layers = nn.ModuleList(inner.layers[start:stop])
+    if getattr(inner.config, "layer_types", None):  # a layer's attention window is looked up by its place
+        part.config = copy.copy(inner.config)
+        part.config.layer_types = inner.config.layer_types[start:stop]
     return part

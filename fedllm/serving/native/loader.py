@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedllm.adapter import AdapterState, module_path
 from fedllm.errors import AdapterInvalid, BaseMismatch, BaseUnsupported, ConfigError
 from fedllm.ids import Digest
-from fedllm.serving.native.model import GROUPS, LayerWeights, LlamaConfig, LlamaWeights
+from fedllm.serving.native.families import LlamaConfig, read_config
+from fedllm.serving.native.model import GROUPS, LayerWeights, LlamaWeights
+
+__all__ = ["LayerFactors", "PackedAdapter", "choose_dtype", "load_weights", "pack_adapter", "read_config"]
 
 
 def choose_dtype(name: str, device: str) -> torch.dtype:
@@ -25,7 +28,8 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     ----------
     name : str
         ``float32``, or ``bfloat16``: that is, bfloat16 where the device multiplies it. A CPU without such
-        instructions emulates it, 3 to 8 times slower than float32 in a batch, so float32 is taken there.
+        instructions emulates it, 3 to 8 times slower than float32 in a batch, so float32 is taken there, as on a
+        GPU older than Ampere.
     device : str
         A torch device.
 
@@ -36,90 +40,131 @@ def choose_dtype(name: str, device: str) -> torch.dtype:
     """
     if name not in ("bfloat16", "float32"):
         raise ConfigError(f"dtype {name!r} is not known: bfloat16 or float32")
-    native = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.device(device).type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if name == "bfloat16" and native else torch.float32
 
 
-def read_config(folder: Path) -> LlamaConfig:
-    """Read and check ``config.json``.
+def load_weights(folder: Path, config: LlamaConfig, *, dtype: torch.dtype, device: str) -> LlamaWeights:
+    """Read a folder's safetensors, sharded or not, and fuse the projections; one layer is held twice at a time.
 
     Raises
     ------
     BaseUnsupported
-        If the folder is not a model of the Llama family that this engine computes exactly.
+        If a shard or tensor is missing, lies in two shards, is quantised or has another shape than the config says,
+        or if there is a tensor that this engine would not use.
     """
-    try:
-        raw: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise BaseUnsupported(f"{folder} has no readable config.json ({type(error).__name__})") from None
-    if raw.get("model_type") != "llama":
-        raise BaseUnsupported(f"model_type {raw.get('model_type')!r} in {folder}, 'llama' supported")
-    if raw.get("attention_bias") or raw.get("mlp_bias"):
-        raise BaseUnsupported(f"{folder} uses biases in its linear layers, none supported")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise BaseUnsupported(f"hidden_act {raw['hidden_act']!r} in {folder}, 'silu' supported")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise BaseUnsupported(f"rope_type {kind!r} in {folder}, 'default' supported")
-    heads = int(raw["num_attention_heads"])
-    return LlamaConfig(
-        vocab_size=int(raw["vocab_size"]),
-        hidden_size=int(raw["hidden_size"]),
-        intermediate_size=int(raw["intermediate_size"]),
-        num_hidden_layers=int(raw["num_hidden_layers"]),
-        num_attention_heads=heads,
-        num_key_value_heads=int(raw.get("num_key_value_heads") or heads),
-        head_dim=int(raw.get("head_dim") or int(raw["hidden_size"]) // heads),
-        rms_norm_eps=float(raw["rms_norm_eps"]),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        max_position_embeddings=int(raw["max_position_embeddings"]),
+    with ExitStack() as stack:
+        reader = _Reader(_open_shards(folder, device, stack), folder, dtype)
+        layers = tuple(_load_layer(reader, config, layer) for layer in range(config.num_hidden_layers))
+        table = (config.vocab_size, config.hidden_size)
+        norm = reader.take("model.norm.weight", (config.hidden_size,))
+        embedding = head = reader.take("model.embed_tokens.weight", table)
+        if not config.tied or _HEAD in reader.left:
+            head = reader.take(_HEAD, table)
+        if config.tied and torch.equal(head, embedding):
+            head = embedding
+        unused = sorted(name for name in reader.left if not name.endswith(_COMPUTED))
+        if unused:
+            raise BaseUnsupported(f"tensor {unused[0]} in {folder} is not one that config.json lets this engine use")
+    return LlamaWeights(embedding, layers, norm, head)
+
+
+_INDEX = "model.safetensors.index.json"
+_HEAD = "lm_head.weight"
+_COMPUTED = "rotary_emb.inv_freq"
+"""Old checkpoints store what every reader computes."""
+_DISK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _load_layer(reader: _Reader, config: LlamaConfig, layer: int) -> LayerWeights:
+    def joined(modules: tuple[str, ...]) -> Tensor:
+        parts = [reader.take(module_path(layer, m) + ".weight", config.projection_shape(m)) for m in modules]
+        return torch.cat(parts).T.contiguous()
+
+    def biases(modules: tuple[str, ...]) -> Tensor:
+        return torch.cat(
+            [reader.take(module_path(layer, m) + ".bias", config.projection_shape(m)[:1]) for m in modules]
+        )
+
+    prefix = f"model.layers.{layer}."
+    heads = (config.num_attention_heads, config.num_key_value_heads)
+    qk_norm = None
+    if config.qk_norm:
+        norms = [reader.take(f"{prefix}self_attn.{name}_norm.weight", (config.head_dim,)) for name in "qk"]
+        qk_norm = torch.cat([norm.expand(count, -1) for norm, count in zip(norms, heads, strict=True)])
+    return LayerWeights(
+        input_norm=reader.take(prefix + "input_layernorm.weight", (config.hidden_size,)),
+        post_norm=reader.take(prefix + "post_attention_layernorm.weight", (config.hidden_size,)),
+        linears={group: joined(modules) for group, modules in GROUPS.items()},
+        biases={group: biases(modules) for group, modules in GROUPS.items() if config.has_bias(modules[0])},
+        qk_norm_NH=qk_norm,
     )
 
 
-def load_weights(folder: Path, config: LlamaConfig, *, dtype: torch.dtype, device: str) -> LlamaWeights:
-    """Read all safetensors files of a folder and fuse the projections.
-
-    Raises
-    ------
-    BaseUnsupported
-        If a tensor is missing or has another shape than the config says.
-    """
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt", device=device) as file:
-            tensors |= {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118
-    reader = _Reader(tensors, folder)
-    hidden = (config.hidden_size,)
-    layers = []
-    for layer in range(config.num_hidden_layers):
-        linears = {
-            group: torch.cat(
-                [reader.take(module_path(layer, m) + ".weight", config.projection_shape(m)) for m in modules]
-            ).T.contiguous()
-            for group, modules in GROUPS.items()
-        }
-        prefix = f"model.layers.{layer}."
-        input_norm = reader.take(prefix + "input_layernorm.weight", hidden)
-        post_norm = reader.take(prefix + "post_attention_layernorm.weight", hidden)
-        layers.append(LayerWeights(input_norm, post_norm, linears))
-    table = (config.vocab_size, config.hidden_size)
-    embedding = reader.take("model.embed_tokens.weight", table)
-    head = reader.take("lm_head.weight", table) if "lm_head.weight" in tensors else embedding
-    return LlamaWeights(embedding, tuple(layers), reader.take("model.norm.weight", hidden), head)
+def _open_shards(folder: Path, device: str, stack: ExitStack) -> dict[str, Any]:
+    """Return the open file of each tensor; the choice of files is transformers'."""
+    index: dict[str, str] | None = None
+    single, listing = folder / "model.safetensors", folder / _INDEX
+    if single.is_file():
+        paths = [single]
+    elif listing.is_file():
+        index = _read_index(listing)
+        paths = [folder / name for name in sorted(set(index.values()))]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    files: dict[str, Any] = {}
+    for path in paths:
+        try:
+            file = stack.enter_context(safe_open(path, framework="pt", device=device))
+        except (OSError, SafetensorError) as error:
+            held = next((name for name, shard in sorted((index or {}).items()) if shard == path.name), "of the model")
+            raise BaseUnsupported(f"shard {path}, with tensor {held}, is unreadable ({type(error).__name__})") from None
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            if name in files:
+                raise BaseUnsupported(f"tensor {name} in {folder} is in two shards, {path.name} and one before it")
+            if index is not None and index.get(name) != path.name:
+                raise BaseUnsupported(f"tensor {name} is in {path}; {_INDEX} says {index.get(name, 'nowhere')}")
+            files[name] = file
+    return files
 
 
-@dataclass(frozen=True)
+def _read_index(listing: Path) -> dict[str, str]:
+    try:
+        found = json.loads(listing.read_text(encoding="utf-8"))["weight_map"]
+        index = {str(name): str(shard) for name, shard in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BaseUnsupported(f"{listing} is not an index of shards ({type(error).__name__})") from None
+    for name, shard in index.items():
+        if shard != Path(shard).name or not shard.endswith(".safetensors"):
+            raise BaseUnsupported(f"{listing}: tensor {name} in {shard!r}; allowed: a safetensors file beside it")
+    return index
+
+
 class _Reader:
-    tensors: Mapping[str, Tensor]
-    folder: Path
+    """Takes tensors out of open files, checked and in the dtype to compute in."""
+
+    def __init__(self, files: dict[str, Any], folder: Path, dtype: torch.dtype) -> None:
+        self._files = files
+        self._folder = folder
+        self._dtype = dtype
+        self.left = set(files)
 
     def take(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        tensor = self.tensors.get(name)
-        if tensor is None or tuple(tensor.shape) != shape:
-            found = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
-            raise BaseUnsupported(f"tensor {name} in {self.folder} is {found}, {shape} expected")
-        return tensor
+        file = self._files.get(name)
+        if file is None:
+            raise BaseUnsupported(f"tensor {name} in {self._folder} is missing, {shape} expected")
+        found = tuple(file.get_slice(name).get_shape())
+        if found != shape:
+            raise BaseUnsupported(f"tensor {name} in {self._folder} is of shape {found}, {shape} expected")
+        tensor: Tensor = file.get_tensor(name)
+        if tensor.dtype not in _DISK_DTYPES:
+            raise BaseUnsupported(f"tensor {name} in {self._folder} is {tensor.dtype}; allowed: bf16, fp16, fp32")
+        self.left.discard(name)
+        return tensor.to(self._dtype)
 
 
 LayerFactors = dict[str, list[tuple[Tensor, Tensor] | None]]
