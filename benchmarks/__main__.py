@@ -8,9 +8,9 @@ import sys
 from argparse import ArgumentParser
 from importlib import import_module
 
-from benchmarks.document import GATE_FAILED, Document, show
+from benchmarks.document import GATE_FAILED, NOT_MEASURED, Document, show
 
-NAMES = ("secagg", "dp_step", "privacy_audit", "serving", "round")
+NAMES = ("secagg", "dp_step", "privacy_audit", "serving", "kernels", "hotswap", "gpu_engine", "round")
 
 
 def one(name: str, flags: list[str]) -> tuple[int, Document]:
@@ -26,7 +26,7 @@ def one(name: str, flags: list[str]) -> tuple[int, Document]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run all; return the largest exit status."""
+    """Run all; return the largest exit status of those that could be measured."""
     arguments = ArgumentParser(prog="python -m benchmarks", description=__doc__)
     arguments.add_argument("--quick", action="store_true", help="a few minutes on two cores")
     arguments.add_argument("--json", action="store_true", help="one document, by benchmark")
@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     worst = 0
     for name in NAMES:
         status, documents[name] = one(name, ["--quick"] if options.quick else [])
-        worst = max(worst, abs(status))
+        if status != NOT_MEASURED:  # a GPU, or an optional peer, that is not here
+            worst = max(worst, abs(status))
         if not options.json:
             show(documents[name], import_module(f"benchmarks.{name}").table)
     if options.json:

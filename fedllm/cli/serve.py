@@ -36,7 +36,9 @@ def serve(
     tenants_file: Path | None = typer.Option(None, "--tenants", help="TOML file of tenants."),
     host: str | None = typer.Option(None, help="Address to listen on; loopback unless told otherwise."),
     port: int | None = typer.Option(None, help="Port of the OpenAI API."),
-    slots: int | None = typer.Option(None, help="Adapters held at once."),
+    slots: int | None = typer.Option(None, help="Adapters held on the device at once."),
+    pin_aliases: int | None = typer.Option(None, help="Aliases that keep a slot each; others load when asked for."),
+    cache: str | None = typer.Option(None, help="Folder that keeps fetched adapters across restarts."),
     threads: int | None = typer.Option(None, help="CPU threads of the engine."),
     device: str | None = typer.Option(None, help="cpu or cuda."),
     dtype: str | None = typer.Option(None, help="bfloat16 or float32."),
@@ -44,7 +46,8 @@ def serve(
     """Run the endpoint until SIGTERM: OpenAI API, batched LoRA engine, hot-load of every published version."""
     flags = {
         "base": base, "registry": registry, "coordinator_key": coordinator_key, "tenants": tenants_file,
-        "host": host, "port": port, "slots": slots, "threads": threads, "device": device, "dtype": dtype,
+        "host": host, "port": port, "slots": slots, "pin_aliases": pin_aliases, "cache": cache,
+        "threads": threads, "device": device, "dtype": dtype,
     }  # fmt: skip
     settings, _ = serve_settings(config, flags)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

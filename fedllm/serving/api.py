@@ -4,34 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from fedllm.clock import Clock
-from fedllm.errors import AuthenticationError, FedllmError, NotReady, Overloaded, RequestInvalid
+from fedllm.errors import AuthenticationError, FedllmError, MissingExtra, NotReady, Overloaded, RequestInvalid
 from fedllm.rng import Rng
-from fedllm.serving.engine import Engine
-from fedllm.serving.generation import Generation, chunk_body, fit, full_body, tokenize, usage_body
+from fedllm.serving.answers import chunk_body, error_body, error_status, full_body, http_error_body, usage_body
+from fedllm.serving.delivery import STALL_S, send_events
+from fedllm.serving.engine import Engine, Lease
+from fedllm.serving.generation import Generation, fit, tokenize
 from fedllm.serving.metrics import Counters
-from fedllm.serving.openai import (
-    CompletionRequest,
-    error_body,
-    error_status,
-    read_chat,
-    read_completion,
-    read_score,
-)
+from fedllm.serving.openai import CompletionRequest, read_chat, read_completion, read_json, read_score
+from fedllm.serving.openapi import openapi_document
+from fedllm.serving.structured import Grammars
 from fedllm.serving.tenants import BASE_ACCESS, Tenant, TenantFile
 from fedllm.serving.text import TextCodec
 from fedllm.serving.versions import Versions
 from fedllm.serving.watch import AliasWatcher
+from fedllm.telemetry import event
 
 VERSION_HEADER = "x-fedllm-version"
-MAX_BODY_BYTES = 4 * 1024 * 1024
+MAX_BODY_BYTES = 1024 * 1024
+BODY_S = 30.0
+_LOG = logging.getLogger("fedllm.serving")
+_DISCARDED_BYTES = 8 * MAX_BODY_BYTES
+_LONG_BYTES = 16 * 1024
 _GONE_POLL_S = 0.25
 
 T = TypeVar("T")
@@ -39,7 +42,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Everything the routes need; made by the composition root."""
+    """Everything the routes need; made by the composition root.
+
+    Parameters
+    ----------
+    stall_s : float
+        Seconds after which a client that does not read its stream is cut off.
+    body_s : float
+        Seconds that a request's body may take to arrive.
+    """
 
     engine: Engine
     versions: Versions
@@ -49,22 +60,65 @@ class Endpoint:
     counters: Counters
     clock: Clock
     rng: Rng
+    stall_s: float = STALL_S
+    body_s: float = BODY_S
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events of one generation, which is closed even if the client left before the first."""
+class ClientGone(Exception):
+    """Nobody is left to answer."""
 
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes]) -> None:
-        headers = {VERSION_HEADER: generation.version, "cache-control": "no-cache"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+
+class EventStream(Response):
+    """Server-sent events of one generation, which is closed whatever becomes of the client."""
+
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes], stall_s: float) -> None:
+        super().__init__()
         self._generation = generation
+        self._events = events
+        self._stall_s = stall_s
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG002 - ASGI's signature
         """Send the events, then close the generation."""
+        headers = {
+            "content-type": "text/event-stream; charset=utf-8",
+            "cache-control": "no-cache",
+            VERSION_HEADER: self._generation.version,
+        }
         try:
-            await super().__call__(scope, receive, send)
+            await send_events(receive, send, self._events, headers, stall_s=self._stall_s)
         finally:
             await self._generation.aclose()
+
+
+class Guard:
+    """The outermost layer: what nobody foresaw becomes a 500 in OpenAI's shape, and a log line without its text."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on."""
+        started = False
+
+        async def note(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, note)
+        except ClientGone:
+            return
+        except Exception as error:  # noqa: BLE001 - a traceback in the server's log would quote the request
+            trace = error.__traceback__
+            while trace is not None and trace.tb_next is not None:
+                trace = trace.tb_next
+            at = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
+            event(_LOG, "request-failed", level=logging.ERROR, kind=type(error).__name__, at=at)
+            if not started:
+                await JSONResponse(http_error_body(500, "the endpoint failed; its log says where"), 500)(
+                    scope, receive, send
+                )
 
 
 def create_app(endpoint: Endpoint) -> FastAPI:
@@ -76,43 +130,29 @@ def create_app(endpoint: Endpoint) -> FastAPI:
         A started engine and its surroundings.
     """
     app = FastAPI(title="fedllm endpoint", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Guard)
+    grammars = Grammars(endpoint.codec)
 
-    @app.exception_handler(FedllmError)
-    async def refused(request: Request, error: FedllmError) -> Response:
-        endpoint.counters.add(
-            "fedllm_requests_total",
-            route=request.url.path if request.url.path in _ROUTES else "other",
-            status=str(error_status(error)),
-            tenant=getattr(request.state, "tenant", ""),
-        )
-        headers = {"x-should-retry": "true"} if isinstance(error, NotReady) else {}
-        if isinstance(error, Overloaded):
-            headers["retry-after"] = str(max(1, round(error.retry_after_s)))
-        return JSONResponse(error_body(error), error_status(error), headers=headers)
-
-    @app.get("/v1/models")
-    async def models(request: Request) -> Response:
-        tenant = _tenant(endpoint, request)
-        _count(endpoint, tenant, "/v1/models")
-        return JSONResponse({"object": "list", "data": _models(endpoint, tenant)})
+    _add_refusals(app, endpoint)
+    _add_status(app, endpoint)
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
         tenant = _tenant(endpoint, request)
-        asked = read_chat(await _body(request), stop_token_ids=endpoint.codec.stop_token_ids)
-        return await _complete(endpoint, request, tenant, asked, chat=True)
+        asked = read_chat(await _body(endpoint, request), stop_token_ids=endpoint.codec.stop_token_ids)
+        return await _complete(endpoint, grammars, request, tenant, asked, chat=True)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         tenant = _tenant(endpoint, request)
-        asked = read_completion(await _body(request), stop_token_ids=endpoint.codec.stop_token_ids)
-        return await _complete(endpoint, request, tenant, asked, chat=False)
+        asked = read_completion(await _body(endpoint, request), stop_token_ids=endpoint.codec.stop_token_ids)
+        return await _complete(endpoint, grammars, request, tenant, asked, chat=False)
 
     @app.post("/v1/score")
     async def score(request: Request) -> Response:
         tenant = _tenant(endpoint, request)
-        asked = read_score(await _body(request))
-        with await endpoint.versions.lease(asked.model, tenant) as lease:
+        asked = read_score(await _body(endpoint, request))
+        with await _lease(endpoint, request, tenant, asked.model) as lease:
             work = endpoint.engine.score(lease, asked.prompt, asked.tokens)
             scores = await _unless_gone(request, work)
             version = lease.digest
@@ -126,6 +166,47 @@ def create_app(endpoint: Endpoint) -> FastAPI:
         }
         return JSONResponse(body, headers={VERSION_HEADER: version})
 
+    return app
+
+
+_ROUTES = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/score", "/metrics"}
+
+
+def _add_refusals(app: FastAPI, endpoint: Endpoint) -> None:
+    @app.exception_handler(FedllmError)
+    async def refused(request: Request, error: FedllmError) -> Response:
+        endpoint.counters.add(
+            "fedllm_requests_total",
+            route=request.url.path if request.url.path in _ROUTES else "other",
+            status=str(error_status(error)),
+            tenant=getattr(request.state, "tenant", ""),
+        )
+        headers = {"x-should-retry": "true"} if isinstance(error, NotReady) else {}
+        if isinstance(error, MissingExtra):
+            headers["x-should-retry"] = "false"
+        if isinstance(error, Overloaded):
+            headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+        if getattr(request.state, "unread", False):
+            headers["connection"] = "close"
+        return JSONResponse(error_body(error), error_status(error), headers=headers)
+
+    @app.exception_handler(404)
+    async def no_path(*_: object) -> Response:
+        return JSONResponse(http_error_body(404, "there is no such path"), 404)
+
+    @app.exception_handler(405)
+    async def no_method(_: Request, error: Exception) -> Response:
+        headers = getattr(error, "headers", None)
+        return JSONResponse(http_error_body(405, "this path takes another method"), 405, headers=headers)
+
+
+def _add_status(app: FastAPI, endpoint: Endpoint) -> None:
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        tenant = _tenant(endpoint, request)
+        _count(endpoint, tenant, "/v1/models")
+        return JSONResponse({"object": "list", "data": _models(endpoint, tenant)})
+
     @app.get("/health")
     async def health(request: Request) -> Response:
         return JSONResponse(_health(endpoint, request))
@@ -135,34 +216,38 @@ def create_app(endpoint: Endpoint) -> FastAPI:
         _tenant(endpoint, request)
         return PlainTextResponse(endpoint.counters.render(endpoint.engine.stats()), media_type="text/plain")
 
-    return app
-
-
-_ROUTES = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/score", "/metrics"}
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(openapi_document())
 
 
 async def _complete(
-    endpoint: Endpoint, request: Request, tenant: Tenant, asked: CompletionRequest, *, chat: bool
+    endpoint: Endpoint, grammars: Grammars, request: Request, tenant: Tenant, asked: CompletionRequest, *, chat: bool
 ) -> Response:
     route = "/v1/chat/completions" if chat else "/v1/completions"
     limit = endpoint.engine.max_model_tokens
-    prompt = tokenize(asked, endpoint.codec, limit=limit)
-    lease = await endpoint.versions.lease(asked.model, tenant)
+    if request.state.body_bytes > _LONG_BYTES:
+        # Templates and tokenizers take about a second for a megabyte: not on the loop that serves everybody.
+        prompt = await asyncio.to_thread(tokenize, asked, endpoint.codec, limit=limit)
+    else:
+        prompt = tokenize(asked, endpoint.codec, limit=limit)
+    grammar = await grammars.compile(asked.shapes) if asked.shapes else None
+    lease = await _lease(endpoint, request, tenant, asked.model)
     try:
-        generation = Generation(
+        generation = await Generation(
             ("chatcmpl-" if chat else "cmpl-") + endpoint.rng.token(12).hex(),
             int(endpoint.clock.now()),
             fit(asked, prompt, limit=limit),
             prompt,
             lease,
-            endpoint.engine,
-            endpoint.codec.decoder(),
-        )
+            endpoint.codec,
+        ).open(endpoint.engine, grammar)
     except BaseException:
         with lease:
             raise
     if asked.stream:
-        return EventStream(generation, _events(endpoint, tenant, generation, route, chat=chat))
+        events = _events(endpoint, tenant, generation, route, chat=chat)
+        return EventStream(generation, events, endpoint.stall_s)
     try:
         body = await _unless_gone(request, full_body(generation, chat=chat))
         version = generation.version
@@ -175,11 +260,9 @@ async def _complete(
 async def _events(
     endpoint: Endpoint, tenant: Tenant, generation: Generation, route: str, *, chat: bool
 ) -> AsyncIterator[bytes]:
-    first = True
     try:
         async for chunk in generation.chunks():
-            yield _event(chunk_body(generation, chunk, chat=chat, first=first))
-            first = False
+            yield _event(chunk_body(generation, chunk, chat=chat))
     except FedllmError as error:
         # The status line is out already: the error becomes an event, which OpenAI's client raises.
         yield _event(error_body(error))
@@ -194,6 +277,24 @@ def _event(body: dict[str, Any]) -> bytes:
     return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+async def _lease(endpoint: Endpoint, request: Request, tenant: Tenant, model: str) -> Lease:
+    """Lease a version, but not for a client that leaves while it waits for one."""
+    task = asyncio.ensure_future(endpoint.versions.lease(model, tenant))
+    try:
+        return await _unless_gone(request, asyncio.shield(task))
+    except BaseException:
+        task.cancel()
+        task.add_done_callback(_release)
+        raise
+
+
+def _release(task: asyncio.Future[Lease]) -> None:
+    """Give a lease back that came too late."""
+    if not task.cancelled() and task.exception() is None:
+        with task.result():
+            pass
+
+
 async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
     """Await work, but cancel it when the client has left."""
     task = asyncio.ensure_future(work)
@@ -203,7 +304,7 @@ async def _unless_gone(request: Request, work: Awaitable[T]) -> T:
             if done:
                 return task.result()
             if await request.is_disconnected():
-                raise RequestInvalid("the client left")
+                raise ClientGone
     finally:
         task.cancel()
 
@@ -215,16 +316,35 @@ def _tenant(endpoint: Endpoint, request: Request) -> Tenant:
     return tenant
 
 
-async def _body(request: Request) -> object:
-    data = bytearray()
-    async for part in request.stream():
-        data += part
-        if len(data) > MAX_BODY_BYTES:
-            raise RequestInvalid(f"the body is longer than {MAX_BODY_BYTES} bytes")
+async def _body(endpoint: Endpoint, request: Request) -> object:
+    """Return the body's JSON; one that is too long is read on for a while, so that its sender hears why."""
+    data, size = bytearray(), 0
+    request.state.unread = True
     try:
-        return json.loads(bytes(data))
-    except ValueError:
-        raise RequestInvalid("the body is not JSON") from None
+        async with asyncio.timeout(endpoint.body_s):
+            async for part in _parts(request):
+                size += len(part)
+                if size <= MAX_BODY_BYTES:
+                    data += part
+                elif size > _DISCARDED_BYTES:
+                    break
+    except TimeoutError:
+        raise RequestInvalid(f"the body has not arrived within {endpoint.body_s:g} s") from None
+    request.state.unread = size > _DISCARDED_BYTES
+    request.state.body_bytes = size
+    if size > MAX_BODY_BYTES:
+        raise RequestInvalid(f"the body is longer than {MAX_BODY_BYTES} bytes")
+    return read_json(bytes(data))
+
+
+async def _parts(request: Request) -> AsyncIterator[bytes]:
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        yield message.get("body", b"")
+        if not message.get("more_body"):
+            return
 
 
 def _count(endpoint: Endpoint, tenant: Tenant, route: str, generation: Generation | None = None) -> None:

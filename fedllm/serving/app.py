@@ -20,9 +20,11 @@ from fedllm.identity import VerifyKey
 from fedllm.registry.model import VersionSource
 from fedllm.registry.remote import HttpVersionSource, LocalVersionSource
 from fedllm.rng import OsRng
+from fedllm.serving.disk import CachingClient, DiskCache
 from fedllm.serving.metrics import Counters
 from fedllm.serving.tenants import TenantFile
 from fedllm.serving.text import TextCodec
+from fedllm.serving.tiers import Tiers
 from fedllm.serving.versions import Versions
 from fedllm.serving.watch import AliasWatcher
 from fedllm.telemetry import event
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("fedllm.serving")
 _DRAIN_S = 30
+_MIB = 1 << 20
 
 
 def run(settings: ServeSettings) -> None:
@@ -64,11 +67,17 @@ def run(settings: ServeSettings) -> None:
         asyncio.run(_serve(settings, listener))
 
 
-def open_source(registry: str, key: VerifyKey, clock: Clock) -> VersionSource:
-    """Return a reader of a coordinator's URL, or of a shared registry folder."""
+def open_source(registry: str, key: VerifyKey, clock: Clock, *, cache: DiskCache | None = None) -> VersionSource:
+    """Return a reader of a coordinator's URL, with or without a tier on disk, or of a shared registry folder."""
     if registry.startswith(("http://", "https://")):
-        return HttpVersionSource(registry, key)
+        return HttpVersionSource(registry, key, client=CachingClient(cache, base_url=registry) if cache else None)
     return LocalVersionSource(Path(registry), key, clock)
+
+
+def _open_cache(settings: ServeSettings, key: VerifyKey) -> DiskCache | None:
+    if not settings.cache:
+        return None
+    return DiskCache(Path(settings.cache).expanduser(), key, max_bytes=settings.cache_mb * _MIB)
 
 
 async def _serve(settings: ServeSettings, listener: socket.socket) -> None:
@@ -79,7 +88,8 @@ async def _serve(settings: ServeSettings, listener: socket.socket) -> None:
 
     clock, rng, counters = SystemClock(), OsRng(), Counters()
     tenants = TenantFile(settings.tenants)
-    source = open_source(settings.registry, VerifyKey.parse(settings.coordinator_key), clock)
+    key = VerifyKey.parse(settings.coordinator_key)
+    source = open_source(settings.registry, key, clock, cache=_open_cache(settings, key))
     codec = TextCodec(settings.base)
     limits = EngineLimits(
         slots=settings.slots,
@@ -87,6 +97,7 @@ async def _serve(settings: ServeSettings, listener: socket.socket) -> None:
         kv_blocks=settings.kv_blocks,
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
+        patience_s=settings.slot_patience_s,
     )
     engine = await open_engine(
         settings.base,
@@ -97,8 +108,9 @@ async def _serve(settings: ServeSettings, listener: socket.socket) -> None:
         device=settings.device,
         threads=settings.threads,
     )
-    versions = Versions(engine, source, settings.base.resolve().name)
-    watcher = AliasWatcher(source, engine, versions, counters, clock)
+    tiers = Tiers(engine, source, memory_bytes=settings.memory_mb * _MIB, max_waiting=settings.max_waiting)
+    versions = Versions(engine, source, settings.base.resolve().name, tiers=tiers)
+    watcher = AliasWatcher(source, engine, versions, counters, clock, pin_aliases=settings.pin_aliases)
     app = create_app(Endpoint(engine, versions, watcher, codec, tenants, counters, clock, rng))
     config = uvicorn.Config(
         app,

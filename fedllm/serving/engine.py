@@ -11,10 +11,30 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal, Protocol, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fedllm.adapter import AdapterState
 from fedllm.ids import Digest
 
 FinishReason = Literal["stop", "length"]
+
+
+class GrammarState(Protocol):
+    """Where one continuation is in a grammar. Belongs to one thread at a time."""
+
+    def allowed(self, vocabulary: int) -> NDArray[np.bool_]:
+        """Return which tokens may come next, shape ``(vocabulary,)``; stop tokens where the text may end."""
+
+    def accept(self, token: int) -> bool:
+        """Go on by one allowed token; return whether the text is complete and nothing can follow."""
+
+
+class Grammar(Protocol):
+    """A compiled grammar; any number of continuations use it at once."""
+
+    def start(self) -> GrammarState:
+        """Return the state before the first token."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +51,56 @@ class SamplingParams:
         Nucleus mass in (0, 1].
     top_k : int
         Keep only the k likeliest tokens; 0 keeps all.
+    min_p : float
+        Keep only tokens at least this fraction as likely as the likeliest (arXiv 2407.01082); 0 keeps all.
+    presence_penalty, frequency_penalty : float
+        Subtracted from the logits of tokens generated so far: once, and once for each occurrence.
+    repetition_penalty : float
+        Divides positive logits, and multiplies negative ones, of tokens in prompt or output (arXiv 1909.05858).
+    logit_bias : tuple of (int, float)
+        Added to the logits of these tokens.
     seed : int or None
         Makes sampling repeatable; None draws from the operating system.
+    continuation : int
+        Which of a request's continuations this is; each has a stream of random numbers of its own.
     stop_token_ids : frozenset of int
         Generation ends after one of these; the token itself is not delivered.
+    logprobs : int or None
+        How many of the likeliest tokens to report beside each chosen one; None reports nothing.
+    grammar : Grammar or None
+        What the output must be a text of.
     """
 
     max_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
+    continuation: int = 0
     stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    grammar: Grammar | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the token with the largest logit is the answer and nothing else is asked."""
+        return (
+            self.temperature == 0.0
+            and self.logprobs is None
+            and self.grammar is None
+            and not self.logit_bias
+            and not self.penalised
+        )
+
+    @property
+    def penalised(self) -> bool:
+        """Whether tokens seen before count against themselves."""
+        return bool(self.presence_penalty or self.frequency_penalty) or self.repetition_penalty != 1.0
 
 
 @dataclass(frozen=True)
@@ -62,11 +120,28 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely the model found a chosen token, before bias, penalties, grammar and temperature.
+
+    Parameters
+    ----------
+    logprob : float
+        Natural logarithm of its probability.
+    top : tuple of (int, float)
+        The likeliest tokens and their logarithms, likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+
+
+@dataclass(frozen=True)
 class Chunk:
-    """A streamed piece: new token ids, and why the stream ended if it did."""
+    """A streamed piece: new token ids, why the stream ended if it did, and logprobs (one a token) if asked for."""
 
     token_ids: tuple[int, ...] = field(repr=False)
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -162,7 +237,15 @@ class Engine(Protocol):
         """Wait until no request uses the version, then free its slot, unless it is pinned by then."""
 
     def lease(self, digest: Digest) -> Lease:
-        """Hold a loaded version (or the base) for one request; raise `NotFound` if it is not loaded."""
+        """Hold a loaded version (or the base) for one request.
+
+        Raises
+        ------
+        NotFound
+            If it is not loaded.
+        Overloaded
+            If it is closed to new requests, because another version waits for its slot.
+        """
 
     def generate(self, lease: Lease, request: GenerationRequest) -> TokenStream:
         """Admit a request and return its stream; close it before the lease ends.

@@ -1,29 +1,63 @@
-"""One admitted request: a lease, a token stream and its text, closed together whatever happens."""
+"""One admitted request: a lease, its continuations and their text, closed together whatever happens."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Self
 
 from fedllm.errors import RequestInvalid
 from fedllm.ids import Digest
-from fedllm.serving.engine import Engine, FinishReason, GenerationRequest, Lease
+from fedllm.serving.engine import Chunk, Engine, GenerationRequest, Grammar, Lease, TokenStream
 from fedllm.serving.openai import CompletionRequest
-from fedllm.serving.text import StopFilter, TextCodec, TokenDecoder
+from fedllm.serving.text import StopFilter, TextCodec
+from fedllm.serving.tools import Call, CallReader
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """A generated token: its id and, where logprobs were asked for, what it spells and how likely it was."""
+
+    id: int = field(repr=False)
+    spelled: bytes = field(default=b"", repr=False)
+    logprob: float = 0.0
+    top: tuple[tuple[bytes, float], ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
 class TextChunk:
-    """New text, the tokens it came with, and the end if it is the end."""
+    """A piece of one continuation.
 
+    Parameters
+    ----------
+    index : int
+        Which continuation.
+    text : str
+        New content.
+    tokens : tuple of TokenReport
+        The tokens it came with; the text of some may come later, or never if they were part of a stop string.
+    finish_reason : str or None
+        ``stop``, ``length`` or ``tool_calls`` in the last piece.
+    calls : tuple of Call
+        Function calls, whole; in the last piece only.
+    first : bool
+        Whether it is the continuation's first piece.
+    offset : int
+        Characters of all tokens before.
+    """
+
+    index: int
     text: str = field(repr=False)
-    token_ids: tuple[int, ...] = field(repr=False)
-    finish_reason: FinishReason | None
+    tokens: tuple[TokenReport, ...]
+    finish_reason: str | None
+    calls: tuple[Call, ...] = ()
+    first: bool = False
+    offset: int = 0
 
 
 class Generation:
-    """A running completion.
+    """A running request; `open` admits it.
 
     Parameters
     ----------
@@ -35,10 +69,8 @@ class Generation:
         Its token ids.
     lease : Lease
         Released by `aclose`.
-    engine : Engine
-        Where it runs.
-    decoder : TokenDecoder
-        Fresh.
+    codec : TextCodec
+        Turns tokens into text.
     """
 
     def __init__(
@@ -48,8 +80,7 @@ class Generation:
         request: CompletionRequest,
         prompt: tuple[int, ...],
         lease: Lease,
-        engine: Engine,
-        decoder: TokenDecoder,
+        codec: TextCodec,
     ) -> None:
         self.id = id
         self.created = created
@@ -57,9 +88,20 @@ class Generation:
         self.prompt = prompt
         self.completion_tokens = 0
         self._lease = lease
-        self._decoder = decoder
-        self._stops = StopFilter(request.stop)
-        self._stream = engine.generate(lease, GenerationRequest(prompt, request.params))
+        self._codec = codec
+        self._streams: list[TokenStream] = []
+
+    async def open(self, engine: Engine, grammar: Grammar | None) -> Self:
+        """Admit every continuation, or none; the lease stays the caller's if that fails."""
+        params = replace(self.request.params, grammar=grammar)
+        try:
+            for number in range(self.request.n):
+                asked = GenerationRequest(self.prompt, replace(params, continuation=number))
+                self._streams.append(engine.generate(self._lease, asked))
+        except BaseException:
+            await self._close_streams()
+            raise
+        return self
 
     @property
     def version(self) -> Digest:
@@ -67,38 +109,83 @@ class Generation:
         return self._lease.digest
 
     async def chunks(self) -> AsyncIterator[TextChunk]:
-        """Yield text as it comes; a stop string ends it early."""
-        async for chunk in self._stream:
-            self.completion_tokens += len(chunk.token_ids)
-            text = self._stops.feed(self._decoder.feed(chunk.token_ids))
-            if self._stops.hit:
-                yield TextChunk(text, chunk.token_ids, "stop")
-                return
-            if chunk.finish_reason is not None:
-                text += self._stops.flush()
-            yield TextChunk(text, chunk.token_ids, chunk.finish_reason)
+        """Yield pieces as they come, of all continuations; an error of one ends all."""
+        sources = [self._continuation(index, stream) for index, stream in enumerate(self._streams)]
+        if len(sources) == 1:
+            async for chunk in sources[0]:
+                yield chunk
+            return
+        waiting = {asyncio.ensure_future(anext(source)): source for source in sources}
+        try:
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    source = waiting.pop(task)
+                    try:
+                        chunk = task.result()
+                    except StopAsyncIteration:
+                        continue
+                    yield chunk
+                    waiting[asyncio.ensure_future(anext(source))] = source
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
 
     async def aclose(self) -> None:
         """Cancel what is left and let go of the version."""
         with self._lease:
-            await self._stream.aclose()
+            await self._close_streams()
 
-    def usage(self) -> dict[str, int]:
-        """Return OpenAI's usage object."""
-        prompt, completion = len(self.prompt), self.completion_tokens
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    async def _close_streams(self) -> None:
+        for stream in self._streams:
+            await stream.aclose()
+
+    async def _continuation(self, index: int, stream: TokenStream) -> AsyncIterator[TextChunk]:
+        decoder, stops, calls = self._codec.decoder(), StopFilter(self.request.stop), CallReader(self.request.tools)
+        first, offset = True, 0
+        async for chunk in stream:
+            self.completion_tokens += len(chunk.token_ids)
+            tokens = self._report(chunk)
+            text = stops.feed(decoder.feed(chunk.token_ids))
+            reason: str | None = "stop" if stops.hit else chunk.finish_reason
+            found: tuple[Call, ...] = ()
+            if reason is None:
+                text = calls.feed(text)
+            else:
+                text = calls.feed(text + stops.flush())
+                rest, found = calls.finish()
+                text += rest
+                reason = "tool_calls" if found else reason
+            yield TextChunk(index, text, tokens, reason, found, first, offset)
+            if reason is not None:
+                await stream.aclose()
+                return
+            first = False
+            offset += sum(len(token.spelled.decode(errors="replace")) for token in tokens)
+
+    def _report(self, chunk: Chunk) -> tuple[TokenReport, ...]:
+        if not chunk.logprobs:
+            return tuple(TokenReport(token) for token in chunk.token_ids)
+        spell = self._codec.token_bytes
+        return tuple(
+            TokenReport(token, spell(token), scored.logprob, tuple((spell(t), logprob) for t, logprob in scored.top))
+            for token, scored in zip(chunk.token_ids, chunk.logprobs, strict=True)
+        )
 
 
 def tokenize(request: CompletionRequest, codec: TextCodec, *, limit: int) -> tuple[int, ...]:
-    """Return the prompt's tokens; raise `RequestInvalid` if they fill the limit."""
+    """Return the prompt's tokens; raise `RequestInvalid` if they fill the limit, or other ids are unknown."""
     if request.messages:
-        tokens = tuple(codec.encode_chat(request.messages))
+        tokens = tuple(codec.encode_chat(request.messages, request.tools.offered))
     elif isinstance(request.prompt, str):
         tokens = tuple(codec.encode(request.prompt))
     else:
         tokens = request.prompt or ()
     if len(tokens) >= limit:
         raise RequestInvalid(f"the prompt has {len(tokens)} tokens, prompt and answer have {limit} at most")
+    if request.params.logit_bias and max(token for token, _ in request.params.logit_bias) >= codec.vocabulary:
+        raise RequestInvalid(f"the keys of logit_bias must be token ids, 0 to {codec.vocabulary - 1}")
     return tokens
 
 
@@ -106,51 +193,3 @@ def fit(request: CompletionRequest, prompt: Sequence[int], *, limit: int) -> Com
     """Cap `max_tokens` at what the limit leaves after the prompt."""
     left = limit - len(prompt)
     return replace(request, params=replace(request.params, max_tokens=min(request.params.max_tokens, left)))
-
-
-def chunk_body(generation: Generation, chunk: TextChunk, *, chat: bool, first: bool) -> dict[str, Any]:
-    """Return one streamed event's body."""
-    choice: dict[str, Any] = {"index": 0, "finish_reason": chunk.finish_reason, "logprobs": None}
-    if chat:
-        choice["delta"] = {"role": "assistant", "content": chunk.text} if first else {"content": chunk.text}
-    else:
-        choice["text"] = chunk.text
-    body = _head(generation, "chat.completion.chunk" if chat else "text_completion") | {"choices": [choice]}
-    if generation.request.return_token_ids:
-        choice["token_ids"] = list(chunk.token_ids)
-        if first:
-            body["prompt_token_ids"] = list(generation.prompt)
-    return body
-
-
-def usage_body(generation: Generation, *, chat: bool) -> dict[str, Any]:
-    """Return the last event's body when usage was asked for."""
-    kind = "chat.completion.chunk" if chat else "text_completion"
-    return _head(generation, kind) | {"choices": [], "usage": generation.usage()}
-
-
-async def full_body(generation: Generation, *, chat: bool) -> dict[str, Any]:
-    """Run to the end and return the whole answer's body."""
-    text, tokens, reason = "", list[int](), None
-    async for chunk in generation.chunks():
-        text += chunk.text
-        tokens += chunk.token_ids
-        reason = chunk.finish_reason
-    choice: dict[str, Any] = {"index": 0, "finish_reason": reason, "logprobs": None}
-    choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
-    head = _head(generation, "chat.completion" if chat else "text_completion")
-    body = head | {"choices": [choice], "usage": generation.usage()}
-    if generation.request.return_token_ids:
-        choice["token_ids"] = tokens
-        body["prompt_token_ids"] = list(generation.prompt)
-    return body
-
-
-def _head(generation: Generation, kind: str) -> dict[str, Any]:
-    return {
-        "id": generation.id,
-        "object": kind,
-        "created": generation.created,
-        "model": generation.request.model,
-        "system_fingerprint": generation.version,
-    }

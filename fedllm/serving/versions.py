@@ -6,19 +6,20 @@ reaches any version of the federation that the alias serves, and no other federa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from fedllm.adapter import AdapterState, from_peft
-from fedllm.errors import AdapterInvalid, NotFound, Overloaded
+from fedllm.errors import AdapterInvalid, BaseMismatch, FedllmError, NotFound, NotReady, PeerUnavailable, RequestInvalid
 from fedllm.ids import Digest
-from fedllm.registry.model import AdapterVersion, FetchedVersion, VersionSource
-from fedllm.serving.engine import Engine, Lease
+from fedllm.registry.model import AdapterVersion, VersionSource
+from fedllm.serving.engine import Lease
 from fedllm.serving.tenants import BASE_ACCESS, Tenant
+from fedllm.serving.tiers import SlotEngine, Tiers
 
 _MIN_PREFIX = 8
-_LEASE_TRIES = 3
+_PINS_KEPT = 4096
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,8 @@ class ServedAliases:
     versions: Mapping[str, AdapterVersion]
 
 
-def open_version(fetched: FetchedVersion) -> AdapterState:
-    """Parse a fetched version's files and check them against its manifest.
-
-    Raises
-    ------
-    AdapterInvalid
-        If names, shapes, rank or values are unusable, or are not what the manifest says.
-    """
-    manifest = fetched.version.manifest
-    state = from_peft(fetched.files, base=manifest.base)
-    if state.digest != manifest.state:
-        raise AdapterInvalid(f"{fetched.version.name}: its factors are not the state that its manifest names")
-    return state
+def _ignore(alias: str, digest: Digest, error: FedllmError) -> None:
+    """Stand in until somebody wants to know."""
 
 
 class Versions:
@@ -49,22 +39,29 @@ class Versions:
 
     Parameters
     ----------
-    engine : Engine
+    engine : SlotEngine
         Holds the loaded versions.
     source : VersionSource
-        Where versions that are not loaded come from.
+        Lists the versions that pins mean.
     base_name : str
         Model id of the base.
+    tiers : Tiers, optional
+        Where leases come from; by default tiers of its own over `engine` and `source`.
     """
 
-    def __init__(self, engine: Engine, source: VersionSource, base_name: str) -> None:
+    def __init__(
+        self, engine: SlotEngine, source: VersionSource, base_name: str, *, tiers: Tiers | None = None
+    ) -> None:
         self._engine = engine
         self._source = source
+        self._pins: OrderedDict[tuple[str, str], AdapterVersion] = OrderedDict()
+        self.tiers = tiers or Tiers(engine, source)
         self.base_name = base_name
         self.served = ServedAliases(0, MappingProxyType({}))
+        self.on_refused: Callable[[str, Digest, FedllmError], None] = _ignore
 
     def flip(self, alias: str, version: AdapterVersion | None) -> AdapterVersion | None:
-        """Point an alias at a loaded version (or at none) in one assignment; return what it served before."""
+        """Point an alias at a version (or at none) in one assignment; return what it served before."""
         previous = self.served.versions.get(alias)
         table = {name: v for name, v in self.served.versions.items() if name != alias}
         if version is not None:
@@ -77,14 +74,18 @@ class Versions:
         return {a: v for a, v in self.served.versions.items() if tenant.may_use(a)}
 
     async def lease(self, model: str, tenant: Tenant) -> Lease:
-        """Bind a request to a version.
+        """Bind a request to a version; one that is not loaded is fetched and waits for a slot in turn.
 
         Raises
         ------
         NotFound
             If the id means nothing here or is not on the tenant's access list; the two look the same.
+        RequestInvalid
+            If a pin means a version that this endpoint cannot serve.
         Overloaded
-            If a pinned version finds no spare slot.
+            If too many wait, or every slot is pinned.
+        NotReady, PeerUnavailable
+            If the version cannot be had now.
         """
         unknown = NotFound(f"model {model[:128]!r} does not exist here, or this key may not use it")
         if model == self.base_name:
@@ -95,30 +96,43 @@ class Versions:
         live = self.served.versions.get(alias)
         if live is None or not tenant.may_use(alias):
             raise unknown
-        if not at:
-            return self._engine.lease(live.digest)
-        version = live if _matches(live, pin) else await self._find(live.manifest.federation, pin)
-        if version is None:
-            raise unknown
-        return await self._lease_loaded(version.digest)
+        version: AdapterVersion | None = live
+        try:
+            if at and not _matches(live, pin):
+                version = await self._find(live.manifest.federation, pin)
+            if version is not None:
+                self.tiers.check_spec(version.manifest.spec)
+                return await self.tiers.lease(version.digest)
+        except (AdapterInvalid, BaseMismatch) as error:
+            if at:
+                raise RequestInvalid(f"{model[:128]}: {error.message}") from None
+            self.on_refused(alias, live.digest, error)
+            raise NotReady(f"{alias}: {live.name} is refused: {error.message}") from None
+        except (NotReady, PeerUnavailable):
+            raise
+        except FedllmError as error:
+            # A bad signature or a lost file is between registry and endpoint: never the tenant's 401 or 404.
+            raise NotReady(f"{model[:128]} cannot be loaded: {error.message}", hint=error.hint) from None
+        raise unknown
 
     async def _find(self, federation: str, pin: str) -> AdapterVersion | None:
+        """Return the version of a pin; what a pin once meant it means for ever, the registry gone or not."""
+        known = self._pins.get((federation, pin))
+        if known is not None:
+            self._pins.move_to_end((federation, pin))
+            return known
         found = {
             v.digest: v
             for v in await self._source.versions()
             if v.manifest.federation == federation and _matches(v, pin)
         }
-        return next(iter(found.values())) if len(found) == 1 else None
-
-    async def _lease_loaded(self, digest: Digest) -> Lease:
-        for _ in range(_LEASE_TRIES):
-            if digest not in self._engine.loaded():
-                fetched = await self._source.fetch(digest)
-                await self._engine.load(digest, open_version(fetched))
-            # Another load may have evicted it between the end of ours and this line.
-            if digest in self._engine.loaded():
-                return self._engine.lease(digest)
-        raise Overloaded(f"version {digest[:8]} is evicted as fast as it loads", hint="raise the number of slots")
+        if len(found) != 1:
+            return None
+        (version,) = found.values()
+        self._pins[federation, pin] = version
+        if len(self._pins) > _PINS_KEPT:
+            self._pins.popitem(last=False)
+        return version
 
 
 def _matches(version: AdapterVersion, pin: str) -> bool:

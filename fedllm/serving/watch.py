@@ -1,15 +1,19 @@
 """Hot load: follow the aliases and take every new version live without dropping a token.
 
-fetch → validate → load into a spare slot → warm → flip the alias → drain the old version → free its slot. A
-version that fails on the way is refused with its reason while the old one serves on; a source that cannot be
-reached is asked again with growing pauses, and what is loaded serves on.
+fetch → validate → load into a slot → warm → flip the alias → drain the old version → free its slot. A version that
+fails on the way is refused with its reason while the old one serves on; a source that cannot be reached is asked
+again with growing pauses, and what is loaded serves on.
+
+The first `pin_aliases` aliases keep a slot each. Those beyond are fetched and validated before they flip, and loaded
+when asked for. Of the aliases found at the start, those beyond are taken on their signed manifest's word, and
+validated when asked for: thousands of adapters are not downloaded before the first request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +21,13 @@ from fedllm.clock import Clock
 from fedllm.errors import FedllmError, NotReady, PeerUnavailable
 from fedllm.ids import Digest
 from fedllm.registry.model import AdapterVersion, AliasTable, VersionSource
-from fedllm.serving.engine import Engine, GenerationRequest, SamplingParams
+from fedllm.serving.engine import Engine
 from fedllm.serving.metrics import Counters
-from fedllm.serving.versions import Versions, open_version
+from fedllm.serving.versions import Versions
 from fedllm.telemetry import event
 
 _LOG = logging.getLogger("fedllm.serving.watch")
+PIN_ALIASES = 6
 _POLL_S = 20.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
@@ -51,10 +56,19 @@ class AliasWatcher:
         Flips, refusals, source errors.
     clock : Clock
         For the pauses.
+    pin_aliases : int
+        Aliases whose version is loaded at once and keeps its slot; one slot at least is left to the others.
     """
 
     def __init__(
-        self, source: VersionSource, engine: Engine, versions: Versions, counters: Counters, clock: Clock
+        self,
+        source: VersionSource,
+        engine: Engine,
+        versions: Versions,
+        counters: Counters,
+        clock: Clock,
+        *,
+        pin_aliases: int = PIN_ALIASES,
     ) -> None:
         self._source = source
         self._engine = engine
@@ -62,10 +76,13 @@ class AliasWatcher:
         self._counters = counters
         self._clock = clock
         self._epoch = -1
+        self._pin_limit = max(0, min(pin_aliases, engine.stats().slots - 1))
+        self._pinned: dict[str, Digest | None] = {}
         self._drains: set[asyncio.Task[None]] = set()
         self.refused: dict[str, Refusal] = {}
         self.source_error: str | None = None
         self.synced = asyncio.Event()
+        versions.on_refused = self._withdraw
 
     async def run(self) -> None:
         """Follow until cancelled."""
@@ -95,7 +112,8 @@ class AliasWatcher:
         if table.epoch == self._epoch:
             self.source_error = None
             return
-        failure = await self._apply(table)
+        known = await self._manifests(table) if first else {}
+        failure = await self._apply(table, known)
         if failure is not None:
             raise failure
         self._epoch = table.epoch
@@ -106,63 +124,85 @@ class AliasWatcher:
         """Wait until all old versions are freed."""
         await asyncio.gather(*self._drains)
 
-    async def _apply(self, table: AliasTable) -> FedllmError | None:
-        retry: FedllmError | None = None
+    async def _manifests(self, table: AliasTable) -> Mapping[Digest, AdapterVersion]:
+        """Return all versions by digest if there are more aliases than are loaded at once."""
+        if len(table.aliases) <= self._pin_limit:
+            return {}
+        return {version.digest: version for version in await self._source.versions()}
+
+    async def _apply(self, table: AliasTable, known: Mapping[Digest, AdapterVersion]) -> FedllmError | None:
         for gone in set(self._versions.served.versions) - set(table.aliases):
-            self._retire(self._versions.flip(gone, None))
+            self._retire(gone, self._versions.flip(gone, None))
+        changes = []
         for alias, digest in table.aliases.items():
             live = self._versions.served.versions.get(alias)
             refused = self.refused.get(alias)
             if live is not None and live.digest == digest:
                 self.refused.pop(alias, None)
             elif refused is None or refused.digest != digest:
-                try:
-                    await self._take_live(alias, digest)
-                except (PeerUnavailable, NotReady) as error:
-                    retry = error
-                except FedllmError as error:
-                    self._refuse(alias, digest, error)
-        return retry
+                # The place is taken before anything is awaited, so that changes in parallel stay within the limit.
+                if len(self._pinned) < self._pin_limit:
+                    self._pinned.setdefault(alias, None)
+                changes.append(self._try(alias, digest, known.get(digest)))
+        retries = await asyncio.gather(*changes)
+        return next((error for error in retries if error is not None), None)
 
-    async def _take_live(self, alias: str, digest: Digest) -> None:
-        began_s = self._clock.monotonic()
-        fetched = await self._source.fetch(digest)
-        state = await asyncio.to_thread(open_version, fetched)
-        await self._engine.load(digest, state)
-        self._engine.pin(digest)
+    async def _try(self, alias: str, digest: Digest, known: AdapterVersion | None) -> FedllmError | None:
         try:
-            await self._warm(digest)
-        except BaseException:
-            self._retire(fetched.version)
-            raise
+            await self._take_live(alias, digest, known)
+        except (PeerUnavailable, NotReady) as error:
+            return error
+        except FedllmError as error:
+            self._refuse(alias, digest, error)
+        finally:
+            if alias in self._pinned and self._pinned[alias] is None:
+                del self._pinned[alias]
+        return None
+
+    async def _take_live(self, alias: str, digest: Digest, known: AdapterVersion | None) -> None:
+        began_s = self._clock.monotonic()
+        tiers = self._versions.tiers
+        if alias in self._pinned:
+            version = (await tiers.hold(digest)).version
+            # The lease keeps the version in its slot until it is pinned.
+            with await tiers.lease(digest, bounded=False):
+                previous = self._versions.flip(alias, version)
+                self._engine.pin(digest)
+                self._retire(alias, previous)
+                self._pinned[alias] = digest
+        else:
+            if known is None:
+                known = (await tiers.hold(digest)).version
+            tiers.check_spec(known.manifest.spec)
+            version, previous = known, self._versions.flip(alias, known)
+            self._retire(alias, previous)
         self.refused.pop(alias, None)
-        previous = self._versions.flip(alias, fetched.version)
-        self._retire(previous)
         self._counters.add("fedllm_alias_flips_total", alias=alias)
         event(
             _LOG,
             "alias flipped",
             alias=alias,
-            version=fetched.version.name,
+            version=version.name,
             digest=digest,
             previous=previous.name if previous else None,
             seconds=round(self._clock.monotonic() - began_s, 3),
         )
 
-    async def _warm(self, digest: Digest) -> None:
-        """Generate one token: an adapter that computes nonsense is found before anyone is served by it."""
-        with self._engine.lease(digest) as lease:
-            stream = self._engine.generate(lease, GenerationRequest((0,), SamplingParams(max_tokens=1)))
-            try:
-                async for _ in stream:
-                    pass
-            finally:
-                await stream.aclose()
-
-    def _retire(self, version: AdapterVersion | None) -> None:
-        if version is not None:
+    def _retire(self, alias: str, version: AdapterVersion | None) -> None:
+        """Let an alias's version go: its pin at once, its slot when its requests have ended."""
+        if version is None:
+            return
+        if self._pinned.pop(alias, None) == version.digest:
             self._engine.unpin(version.digest)
+        if all(live.digest != version.digest for live in self._versions.served.versions.values()):
             self._background(self._engine.unload(version.digest))
+
+    def _withdraw(self, alias: str, digest: Digest, error: FedllmError) -> None:
+        """Refuse what was taken on its manifest's word and turned out to be unusable."""
+        live = self._versions.served.versions.get(alias)
+        if live is not None and live.digest == digest:
+            self._retire(alias, self._versions.flip(alias, None))
+            self._refuse(alias, digest, error)
 
     def _refuse(self, alias: str, digest: Digest, error: FedllmError) -> None:
         self.refused[alias] = Refusal(digest, error.code, error.message)

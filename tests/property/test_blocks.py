@@ -74,3 +74,18 @@ def test_misuse_is_refused() -> None:
     pool.release(blocks)
     with pytest.raises(ValueError, match="nobody uses it"):
         pool.release(blocks)
+
+
+@given(st.lists(st.integers(0, 3), min_size=SIZE + 1, max_size=10), st.integers(0, 9))
+@settings(deadline=None)
+def test_a_hit_is_the_same_version_and_the_same_beginning(tokens, changed) -> None:
+    """A changed token, or another version, ends the match at its block; nothing behind it is ever taken."""
+    pool = BlockPool(COUNT, SIZE)
+    blocks = pool.allocate(pool.needed(len(tokens), 0))
+    pool.remember(ROOTS[0], tokens, blocks, [], len(tokens))
+    other = list(tokens)
+    changed %= len(tokens)
+    other[changed] += 1
+    matched, _ = pool.match(ROOTS[0], other)
+    assert matched == blocks[: min(changed, len(tokens) - 1) // SIZE]
+    assert pool.match(ROOTS[1], tokens) == ([], [])

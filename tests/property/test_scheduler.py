@@ -98,3 +98,106 @@ def test_a_request_that_can_never_fit_is_refused() -> None:
     scheduler = Scheduler(BlockPool(2, 4), max_running=1, max_step_tokens=4)
     with pytest.raises(ValueError, match="needs 3 blocks, there are 2"):
         scheduler.add(make(0, 5, 4, 0, scoring=False))
+
+
+@given(st.lists(REQUEST, min_size=1, max_size=10), st.integers(1, 4), st.integers(0, 6), st.integers(8, 14))
+@settings(deadline=None, max_examples=150)
+def test_nothing_overtakes_and_the_oldest_starts_within_a_bound(requests, max_running, extra_budget, blocks) -> None:
+    """Sequences start as they came, at the latest after as many steps as the older ones have tokens."""
+    scheduler = Scheduler(BlockPool(blocks, 3), max_running=max_running, max_step_tokens=max_running + extra_budget)
+    sequences = [make(i, *request[:4]) for i, request in enumerate(requests)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    older_tokens = [0]
+    for _, sequence in zip(requests, sequences, strict=True):
+        output = 0 if sequence.scoring else sequence.params.max_tokens
+        older_tokens.append(older_tokens[-1] + len(sequence.tokens) + output)
+    started: list[int] = []
+    step = 0
+    while scheduler.running or scheduler.waiting:
+        work = scheduler.schedule()
+        for item in work:
+            if item.sequence.id not in started:
+                assert step <= older_tokens[item.sequence.id]
+                started.append(item.sequence.id)
+        for item in work:
+            compute(item, step % 3)
+        scheduler.finish(work)
+        # Preempted ones come back to their place, too.
+        order = [sequence.id for sequence in (*scheduler.running, *scheduler.waiting)]
+        assert order == sorted(order)
+        step += 1
+    assert started == sorted(started) == list(range(len(requests)))
+
+
+@given(st.lists(REQUEST, max_size=10), st.integers(1, 4), st.integers(0, 6))
+@settings(deadline=None, max_examples=150)
+def test_a_decoding_stream_gets_its_token_in_every_step(requests, max_running, extra_budget) -> None:
+    """However long the prompts beside it, a stream waits for one chunk at most; only a preempted one waits longer."""
+    scheduler = Scheduler(BlockPool(14, 3), max_running=max_running, max_step_tokens=max_running + extra_budget)
+    for i, request in enumerate(requests):
+        scheduler.add(make(i, *request[:4]))
+    step = 0
+    while scheduler.running or scheduler.waiting:
+        decoding = [sequence for sequence in scheduler.running if sequence.pending == 1]
+        work = scheduler.schedule()
+        chosen = [item.sequence for item in work]
+        assert all(sequence in chosen for sequence in decoding if sequence in scheduler.running)
+        assert all(sequence in scheduler.waiting for sequence in decoding if sequence not in scheduler.running)
+        for item in work:
+            compute(item, step % 3)
+        scheduler.finish(work)
+        step += 1
+
+
+@given(st.lists(REQUEST, max_size=10), st.integers(0, 12), st.randoms(use_true_random=False))
+@settings(deadline=None, max_examples=100)
+def test_cancelling_all_in_any_order_frees_all_blocks(requests, steps, random) -> None:
+    """At any moment, running, preempted or still waiting: nothing is held afterwards."""
+    scheduler = Scheduler(BlockPool(10, 3), max_running=3, max_step_tokens=6)
+    sequences = [make(i, *request[:4]) for i, request in enumerate(requests)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    for step in range(steps):
+        work = scheduler.schedule()
+        for item in work:
+            compute(item, step % 3)
+        scheduler.finish(work)
+    random.shuffle(sequences)
+    for sequence in sequences:
+        scheduler.cancel(sequence)
+    assert scheduler.pool.free == scheduler.pool.count
+    assert not scheduler.running
+    assert not scheduler.waiting
+    assert scheduler.schedule() == []
+
+
+def run_to_end(scheduler: Scheduler) -> int:
+    """Compute everything and return the number of tokens that the model was given."""
+    given_tokens = 0
+    while scheduler.running or scheduler.waiting:
+        work = scheduler.schedule()
+        given_tokens += sum(item.count for item in work)
+        for item in work:
+            compute(item, 7)
+        scheduler.finish(work)
+    return given_tokens
+
+
+def test_continuations_of_one_prompt_compute_it_once() -> None:
+    """Eight that wait together: the first computes 40 prompt tokens, the others take 39 // 4 * 4 from its blocks."""
+    scheduler = Scheduler(BlockPool(100, 4), max_running=8, max_step_tokens=16)
+    for i in range(8):
+        scheduler.add(Sequence(i, 0, VERSIONS[0], list(range(40)), 40, SamplingParams(max_tokens=3)))
+    assert run_to_end(scheduler) == 40 + 7 * (40 - 36) + 8 * 2
+    assert scheduler.prefix_hit_tokens == 7 * 36
+
+
+def test_a_shared_beginning_is_waited_for_only_within_a_version() -> None:
+    """Equal text of two versions is computed twice, in the same step; the same of one version, once."""
+    for versions, first_step in (((0, 1), 2), ((0, 0), 1)):
+        scheduler = Scheduler(BlockPool(100, 4), max_running=4, max_step_tokens=64)
+        for i, version in enumerate(versions):
+            tokens = [*range(16), 20 + i, 30 + i]
+            scheduler.add(Sequence(i, version, VERSIONS[version], tokens, 18, SamplingParams(max_tokens=2)))
+        assert len(scheduler.schedule()) == first_step

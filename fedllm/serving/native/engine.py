@@ -33,43 +33,21 @@ from fedllm.serving.engine import (
     SamplingParams,
     TokenScore,
 )
+from fedllm.serving.native.admission import SlotQueue
 from fedllm.serving.native.blocks import BlockPool
-from fedllm.serving.native.loader import choose_dtype, load_weights, pack_adapter, read_config
+from fedllm.serving.native.graphs import DecodeGraphs, decode_graphs
+from fedllm.serving.native.limits import EngineLimits
+from fedllm.serving.native.loader import PackedAdapter, choose_dtype, load_weights, pack_adapter, read_config
 from fedllm.serving.native.model import LlamaModel
-from fedllm.serving.native.runner import Runner
+from fedllm.serving.native.runner import GRAMMAR_STUCK, Runner
 from fedllm.serving.native.sampler import new_generator
 from fedllm.serving.native.scheduler import Scheduler, Work
 from fedllm.serving.native.sequence import Sequence
+from fedllm.serving.native.sizing import fit_to_device
 from fedllm.serving.native.slots import SlotTable
 from fedllm.serving.native.stream import QueueStream, SlotLease
 
-
-@dataclass(frozen=True)
-class EngineLimits:
-    """Sizes of everything bounded.
-
-    Parameters
-    ----------
-    slots, max_rank : int
-        Adapter versions resident at a time, and their largest rank.
-    kv_blocks, block_tokens : int
-        Size of the KV cache.
-    max_running, max_waiting : int
-        Requests in a batch, and requests queued behind it.
-    max_step_tokens : int
-        Tokens of one step; bounds how long a prompt can delay other streams' next token.
-    max_model_tokens : int
-        Prompt and continuation together; the base's own limit if that is lower.
-    """
-
-    slots: int = 8
-    max_rank: int = 16
-    kv_blocks: int = 1024
-    block_tokens: int = 16
-    max_running: int = 16
-    max_waiting: int = 64
-    max_step_tokens: int = 256
-    max_model_tokens: int = 4096
+__all__ = ["EngineLimits", "NativeEngine", "open_engine"]
 
 
 @dataclass(frozen=True)
@@ -94,15 +72,16 @@ class NativeEngine:
         Seeds sampling where a request gives no seed.
     """
 
-    def __init__(self, model: LlamaModel, *, base: Digest, limits: EngineLimits, rng: Rng) -> None:
+    def __init__(
+        self, model: LlamaModel, *, base: Digest, limits: EngineLimits, rng: Rng, graphs: DecodeGraphs | None = None
+    ) -> None:
         self._model = model
         self._base = base
         self._limits = limits
         self._rng = rng
         self._loop = asyncio.get_running_loop()
-        self._slots = SlotTable(limits.slots)
-        self._released = asyncio.Event()
-        self._loading: dict[Digest, asyncio.Task[None]] = {}
+        self._slots = SlotTable(limits.slots, patience_s=limits.patience_s, patience_requests=limits.patience_requests)
+        self._queue = SlotQueue(self._slots)
         self._streams: dict[int, QueueStream] = {}
         self._replies: set[asyncio.Future[None]] = set()
         self._next_id = 0
@@ -111,7 +90,7 @@ class NativeEngine:
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         pool = BlockPool(limits.kv_blocks, limits.block_tokens)
         self._scheduler = Scheduler(pool, max_running=limits.max_running, max_step_tokens=limits.max_step_tokens)
-        self._runner = Runner(model)
+        self._runner = Runner(model, graphs)
         self._thread = threading.Thread(target=self._serve, name="fedllm-engine", daemon=True)
         self._thread.start()
 
@@ -127,42 +106,78 @@ class NativeEngine:
         cache = limits.kv_blocks * limits.block_tokens
         return min(limits.max_model_tokens, cache, self._model.config.max_position_embeddings)
 
+    @property
+    def max_rank(self) -> int:
+        """Largest rank that a slot holds."""
+        return self._limits.max_rank
+
+    async def check(self, state: AdapterState) -> None:
+        """Raise `AdapterInvalid` or `BaseMismatch` if an adapter does not fit; takes no slot."""
+        await asyncio.to_thread(self._pack, state, "cpu")
+
     async def load(self, digest: Digest, state: AdapterState) -> None:
         """Put a version in a spare slot; see `fedllm.serving.engine.Engine`."""
-        if digest in self._slots.ready():
-            return
-        task = self._loading.get(digest)
-        if task is None:
-            task = asyncio.create_task(self._load(digest, state))
-            self._loading[digest] = task
-            task.add_done_callback(lambda _: self._loading.pop(digest, None))
-        await asyncio.shield(task)
+        if digest not in self._slots.ready():
+            await self.check(state)
+            await self._queue.acquire(digest, partial(self._write, state), wait=False)
+            self._queue.release(digest)
+
+    async def admit(self, digest: Digest, state: AdapterState) -> SlotLease:
+        """Hold a version for one request, waiting in turn until it has a slot.
+
+        Parameters
+        ----------
+        digest : Digest
+            The version.
+        state : AdapterState
+            Its factors, for the case that it is not loaded; `check` has passed them.
+
+        Raises
+        ------
+        Overloaded
+            If every slot is pinned.
+        """
+        slot = await self._queue.acquire(digest, partial(self._write, state))
+        return SlotLease(digest, slot, partial(self._queue.release, digest))
+
+    def admits(self, digest: Digest) -> bool:
+        """Whether `lease` gives this version to one more request now."""
+        return self._queue.admits(digest)
 
     def loaded(self) -> tuple[Digest, ...]:
-        """Return the digests that can be leased now."""
+        """Return the digests that are in slots."""
         return self._slots.ready()
 
     def pin(self, digest: Digest) -> None:
         """Keep a loaded version from being evicted; pins count."""
         self._slots.pin(digest)
+        self._queue.serve()
 
     def unpin(self, digest: Digest) -> None:
         """Take one pin away."""
         self._slots.unpin(digest)
+        self._queue.serve()
 
     async def unload(self, digest: Digest) -> None:
         """Wait until no request uses the version, then free its slot, unless it is pinned by then."""
-        while self._slots.requests(digest):
-            self._released.clear()
-            await self._released.wait()
+        await self._queue.drained(digest)
         if digest in self._slots.ready() and not self._slots.pinned(digest):
             self._slots.free(digest)
+            self._queue.serve()
 
     def lease(self, digest: Digest) -> SlotLease:
-        """Hold a loaded version (or the base) for one request; raise `NotFound` if it is not loaded."""
+        """Hold a loaded version (or the base) for one request.
+
+        Raises
+        ------
+        NotFound
+            If it is not loaded.
+        Overloaded
+            If others that wait for a slot come first: `admit` waits in turn.
+        """
         if digest == self._base:
             return SlotLease(digest, BASE_SLOT, lambda: None)
-        return SlotLease(digest, self._slots.acquire(digest), partial(self._release, digest))
+        return SlotLease(digest, self._queue.acquire_now(digest), partial(self._queue.release, digest))
 
     def generate(self, lease: Lease, request: GenerationRequest) -> QueueStream:
         """Admit a request and return its stream; see `fedllm.serving.engine.Engine`."""
@@ -201,22 +216,13 @@ class NativeEngine:
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    async def _load(self, digest: Digest, state: AdapterState) -> None:
-        packed = await asyncio.to_thread(
-            pack_adapter,
-            state,
-            self._model.config,
-            base=self._base,
-            max_rank=self._limits.max_rank,
-            device=str(self._model.device),
-        )
-        slot = self._slots.reserve(digest)
-        try:
-            await self._between_steps(partial(self._runner.write_adapter, slot, packed))
-        except BaseException:
-            self._slots.free(digest)
-            raise
-        self._slots.commit(digest)
+    def _pack(self, state: AdapterState, device: str) -> PackedAdapter:
+        config, limits = self._model.config, self._limits
+        return pack_adapter(state, config, base=self._base, max_rank=limits.max_rank, device=device)
+
+    async def _write(self, state: AdapterState, slot: int) -> None:
+        packed = await asyncio.to_thread(self._pack, state, str(self._model.device))
+        await self._between_steps(partial(self._runner.write_adapter, slot, packed))
 
     async def _between_steps(self, work: Callable[[], None]) -> None:
         self._check_running()
@@ -230,10 +236,6 @@ class NativeEngine:
 
         self._commands.put(execute)
         await reply
-
-    def _release(self, digest: Digest) -> None:
-        self._slots.release(digest)
-        self._released.set()
 
     def _admit(
         self, lease: Lease, tokens: list[int], prompt_length: int, params: SamplingParams, *, scoring: bool
@@ -332,10 +334,12 @@ class NativeEngine:
 
 
 def _delivery(sequence: Sequence, start: int) -> Chunk | FedllmError:
+    if sequence.failure == GRAMMAR_STUCK:
+        return RequestInvalid(GRAMMAR_STUCK)
     if sequence.failure is not None:
         return AdapterInvalid(sequence.failure)
     new = () if sequence.scoring else tuple(sequence.tokens[sequence.prompt_length + start :])
-    return Chunk(new, sequence.finish_reason)
+    return Chunk(new, sequence.finish_reason, tuple(sequence.logprobs[start:]))
 
 
 def _resolve(reply: asyncio.Future[None]) -> None:
@@ -362,7 +366,7 @@ async def open_engine(
     base : Digest
         The folder's content digest; adapters for any other are refused.
     limits : EngineLimits
-        Sizes.
+        Sizes; on a GPU the cache has as many blocks as there is room for.
     rng : Rng
         Seeds sampling where a request gives no seed.
     dtype : str
@@ -376,10 +380,13 @@ async def open_engine(
     ------
     BaseUnsupported
         If the folder is not a model that this engine computes exactly.
+    ConfigError
+        If the device has no room for it with these limits.
     """
     torch.set_num_threads(threads)
-    config = read_config(folder)
-    weights = await asyncio.to_thread(load_weights, folder, config, dtype=choose_dtype(dtype, device), device=device)
+    config, kind = read_config(folder), choose_dtype(dtype, device)
+    limits = fit_to_device(config, limits, element=kind.itemsize, device=device)
+    weights = await asyncio.to_thread(load_weights, folder, config, dtype=kind, device=device)
     model = LlamaModel(
         config,
         weights,
@@ -387,5 +394,7 @@ async def open_engine(
         max_rank=limits.max_rank,
         blocks=limits.kv_blocks,
         block_tokens=limits.block_tokens,
+        positions=limits.max_model_tokens,
     )
-    return NativeEngine(model, base=base, limits=limits, rng=rng)
+    graphs = await asyncio.to_thread(decode_graphs, model, limits)
+    return NativeEngine(model, base=base, limits=limits, rng=rng, graphs=graphs)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedllm.basemodel.inspect import FAMILIES
 from fedllm.errors import BaseUnsupported
 
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary positions (Su et al., arXiv 2104.09864) and how their frequencies are scaled.

@@ -6,14 +6,20 @@ from collections.abc import Sequence as Seq
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedllm.kernels import build_segments, plan_lora, write_slot
 from fedllm.serving.engine import TokenScore
+from fedllm.serving.native.graphs import DecodeBatch, DecodeGraphs
 from fedllm.serving.native.loader import PackedAdapter
 from fedllm.serving.native.model import LlamaModel, Span, StepInput
-from fedllm.serving.native.sampler import sample
+from fedllm.serving.native.sampler import TokenPicker
 from fedllm.serving.native.scheduler import Work
+from fedllm.serving.native.sequence import Sequence
+
+GRAMMAR_STUCK = "the grammar of this request allows no token of the base's vocabulary at this place"
+"""What a sequence fails with when its constraints leave nothing to choose."""
 
 _SCORE_ROWS = 64
 """Rows of float32 logits scored at a time: 64 rows of a 49k vocabulary are 12 MiB."""
@@ -26,10 +32,13 @@ class Runner:
     ----------
     model : LlamaModel
         Weights, adapter stacks and KV cache.
+    graphs : DecodeGraphs, optional
+        Captured decode steps of that model, for steps in which every sequence has one new token.
     """
 
-    def __init__(self, model: LlamaModel) -> None:
+    def __init__(self, model: LlamaModel, graphs: DecodeGraphs | None = None) -> None:
         self.model = model
+        self._graphs = graphs
 
     def write_adapter(self, slot: int, adapter: PackedAdapter) -> None:
         """Copy an adapter into a slot; call it between steps only."""
@@ -45,8 +54,7 @@ class Runner:
         with torch.inference_mode():
             if fresh_blocks:
                 self.model.clear_blocks(fresh_blocks)
-            step, wanted = self._input(ordered)
-            logits_RV = self.model.forward(step)
+            logits_RV, wanted = self._logits(ordered)
             start = 0
             samplers: list[tuple[Work, int]] = []
             for item, rows in zip(ordered, wanted, strict=True):
@@ -56,6 +64,27 @@ class Runner:
                     samplers.append((item, start))
                 start += rows
             self._sample(samplers, logits_RV)
+
+    def _logits(self, work: Seq[Work]) -> tuple[Tensor, list[int]]:
+        """Return the logits of all wanted rows, and how many of them each item wants."""
+        # Decodes come first: if the last item has one new token, all have.
+        if self._graphs is None or work[-1].count != 1 or not self._graphs.serves(len(work)):
+            step, wanted = self._input(work)
+            return self.model.forward(step), wanted
+        sequences = [item.sequence for item in work]
+        logits_BV = self._graphs.forward(
+            DecodeBatch(
+                tokens=[sequence.tokens[sequence.computed] for sequence in sequences],
+                positions=[sequence.computed for sequence in sequences],
+                slots=[sequence.slot for sequence in sequences],
+                blocks=[sequence.blocks for sequence in sequences],
+            )
+        )
+        wanted = [len(_logit_positions(item)) for item in work]
+        if all(wanted):
+            return logits_BV, wanted
+        rows = [row for row, count in enumerate(wanted) if count]
+        return logits_BV.index_select(0, torch.tensor(rows, dtype=torch.int64, device=self.model.device)), wanted
 
     def _input(self, work: Seq[Work]) -> tuple[StepInput, list[int]]:
         device = self.model.device
@@ -104,6 +133,9 @@ class Runner:
         width = -(-max(ends) // size)
         blocks = [item.sequence.blocks[:width] for item in work]
         blocks_BN = np.array([b + [b[0]] * (width - len(b)) for b in blocks], dtype=np.int64)
+        if self.model.paged and count == 1:
+            table = torch.from_numpy(blocks_BN).to(self.model.device)
+            return Span(slice(row, row + len(work)), table, None, len(work), 1)
         last_BQ = np.array(ends)[:, None] - count + np.arange(count)[None, :]
         hidden_BQL = np.arange(width * size)[None, None, :] > last_BQ[:, :, None]
         mask_BQL = np.where(hidden_BQL, np.float32("-inf"), np.float32(0.0)).astype(np.float32)
@@ -126,15 +158,20 @@ class Runner:
         best_B, greedy_B = picked_BV.max(dim=-1)
         finite = torch.isfinite(best_B).tolist()
         greedy = greedy_B.tolist()
+        shaped: list[int] = []
         for index, (item, _) in enumerate(samplers):
             sequence = item.sequence
             if not finite[index]:
                 sequence.failure = f"adapter version {sequence.version[:8]} gives non-finite logits"
-            elif sequence.generator is None:
+            elif sequence.params.plain:
                 sequence.append(greedy[index])
             else:
-                row_V = picked_BV[index].to(torch.float32).cpu().numpy()
-                sequence.append(sample(row_V, sequence.params, sequence.generator))
+                shaped.append(index)
+        if shaped:
+            part_SV = picked_BV[torch.tensor(shaped, device=picked_BV.device)]
+            rows_SV = part_SV.to(torch.float32).cpu().numpy()
+            for index, row_V in zip(shaped, rows_SV, strict=True):
+                _pick(samplers[index][0].sequence, row_V)
 
     def _score(self, item: Work, logits_RV: Tensor) -> None:
         sequence = item.sequence
@@ -152,6 +189,30 @@ class Runner:
             sequence.scores += [TokenScore(regret, logprob) for regret, logprob in pairs]
         if item.completes:
             sequence.finish_reason = "stop"
+
+
+def _pick(sequence: Sequence, logits_V: NDArray[np.float32]) -> None:
+    """Append the token that a sequence's own parameters choose."""
+    if sequence.picker is None:
+        sequence.picker = TokenPicker(
+            sequence.params, sequence.tokens[: sequence.prompt_length], generator=sequence.generator
+        )
+    choice = sequence.picker.pick(logits_V)
+    if choice is None:
+        sequence.failure = GRAMMAR_STUCK
+        return
+    before = sequence.generated
+    sequence.append(choice.token)
+    if sequence.generated == before:
+        return
+    if choice.logprobs is not None:
+        sequence.logprobs.append(choice.logprobs)
+    try:
+        if sequence.picker.accept(choice.token):
+            sequence.finish_reason = "stop"
+    except (RuntimeError, ValueError):
+        # A grammar that contradicts its own mask is one request's bad luck, not the end of the step thread.
+        sequence.failure = GRAMMAR_STUCK
 
 
 def _logit_positions(item: Work) -> range:

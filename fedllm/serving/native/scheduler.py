@@ -3,6 +3,10 @@
 Orca (OSDI '22) for iteration-level batching, Sarathi (arXiv 2308.16369) for chunked prefill. Every step takes
 one token of each decoding sequence, then fills the token budget with prompt chunks, oldest first. When blocks
 run out the youngest running sequence gives its blocks back and is recomputed later from its tokens.
+
+Nothing overtakes: sequences start in the order in which they came. The oldest running one gets a token or a chunk
+in every step and is never preempted, so a sequence starts at the latest after as many steps as the older ones have
+tokens. One whose beginning another is just computing waits until that is done, and takes the blocks from the cache.
 """
 
 from __future__ import annotations
@@ -90,7 +94,9 @@ class Scheduler:
             budget -= count
             index += 1
         while self.waiting and budget > 0 and len(self.running) < self.max_running:
-            work = self._admit(self.waiting[0], budget) if preempted == self.preemptions else None
+            if preempted != self.preemptions or self._soon_cached(self.waiting[0]):
+                break
+            work = self._admit(self.waiting[0], budget)
             if work is None:
                 break
             self.running.append(self.waiting.popleft())
@@ -116,6 +122,21 @@ class Scheduler:
             if sequence.ended:
                 self.running.remove(sequence)
                 self._release(sequence)
+
+    def _soon_cached(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is about to compute blocks that this one would compute again."""
+        size = self.pool.block_tokens
+        usable = (len(sequence.tokens) - 1) // size * size  # one token is left to compute
+        if sequence.scoring or not usable:
+            return False
+        for other in self.running:
+            # Decoding ones are left out: what they say next is nobody's beginning.
+            left = min(usable, other.prompt_length // size * size)
+            if other.version == sequence.version and other.computed < left:
+                begin = other.computed // size * size
+                if other.tokens[: begin + size] == sequence.tokens[: begin + size]:
+                    return True
+        return False
 
     def _admit(self, sequence: Sequence, budget: int) -> Work | None:
         if not sequence.scoring:

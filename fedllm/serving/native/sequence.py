@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedllm.ids import Digest
-from fedllm.serving.engine import FinishReason, SamplingParams, TokenScore
+from fedllm.serving.engine import FinishReason, SamplingParams, TokenLogprobs, TokenScore
+from fedllm.serving.native.sampler import TokenPicker
 
 
 @dataclass(eq=False)
@@ -44,6 +45,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     block_keys: list[bytes] = field(default_factory=list)
     generator: np.random.Generator | None = None
+    picker: TokenPicker | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     failure: str | None = None

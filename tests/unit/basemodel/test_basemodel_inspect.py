@@ -80,7 +80,10 @@ def test_digest_covers_every_file_that_matters(tmp_path: Path, make_base: MakeBa
         (lambda f: (f / "config.json").unlink(), "no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "not JSON"),
         (lambda f: (f / "config.json").write_text('["llama"]'), "model_type None"),
-        (lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'), "'gpt2'; allowed: llama, mistral, qwen2, qwen3"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "gpt2"}'),
+            "'gpt2'; allowed: llama, mistral, qwen2, qwen3",
+        ),
         (lambda f: (f / "config.json").write_text('{"model_type": "llama"}'), "hidden_size is None"),
         (lambda f: (f / "model.safetensors").unlink(), "no \\*.safetensors"),
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),

@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import socket
 import threading
-import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
-import uvicorn
-from unit.serving.registry_fake import FakeSource, make_version
-from unit.serving.tiny_llama import BASE, make_adapter, make_forcing_adapter, running_engine
-
-from fedllm.clock import SystemClock
-from fedllm.rng import OsRng
-from fedllm.serving.api import Endpoint, create_app
-from fedllm.serving.metrics import Counters
-from fedllm.serving.tenants import TenantFile, create_tenant
-from fedllm.serving.text import TextCodec
-from fedllm.serving.versions import Versions
-from fedllm.serving.watch import AliasWatcher
+from unit.serving.live_endpoint import live_endpoint, wait_idle
+from unit.serving.tiny_llama import BASE
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -32,40 +19,9 @@ HELLO = [{"role": "user", "content": "hello"}]
 @pytest.fixture(scope="module")
 def live(tiny_folder, tmp_path_factory) -> Iterator[SimpleNamespace]:
     """Serve two versions of ``acme/tools`` (the live one always says ``B``) on a free port."""
-    path = tmp_path_factory.mktemp("tenants") / "tenants.toml"
-    world = SimpleNamespace(
-        key=create_tenant(path, "acme", ["acme/tools", "base"]),
-        poor_key=create_tenant(path, "poor", []),
-        letter=TextCodec(tiny_folder).encode("B")[0],
-    )
-    listener = socket.create_server(("127.0.0.1", 0))
-    world.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-
-    async def serve() -> None:
-        async with running_engine(tiny_folder, max_running=2, max_waiting=1, kv_blocks=256) as engine:
-            source, counters = FakeSource(), Counters()
-            versions = Versions(engine, source, "tiny")
-            watcher = AliasWatcher(source, engine, versions, counters, SystemClock())
-            world.old = source.publish("acme/tools", make_version(make_adapter(1), 1))
-            forced = make_forcing_adapter(tiny_folder, world.letter)
-            world.new = source.publish("acme/tools", make_version(forced, 2))
-            await watcher.poll()
-            codec = TextCodec(tiny_folder)
-            app = create_app(
-                Endpoint(engine, versions, watcher, codec, TenantFile(path), counters, SystemClock(), OsRng())
-            )
-            world.engine = engine
-            world.server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off", ws="none"))
-            await world.server.serve(sockets=[listener])
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    while not hasattr(world, "server") or not world.server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield world
-    world.server.should_exit = True
-    thread.join(20)
+    tenants = tmp_path_factory.mktemp("tenants") / "tenants.toml"
+    with live_endpoint(tiny_folder, tenants, max_running=2, max_waiting=1) as world:
+        yield world
 
 
 @pytest.fixture
@@ -87,7 +43,9 @@ def test_models_are_those_of_the_tenant(live, client) -> None:
 
 def test_chat_answers_with_the_alias_version(live, client) -> None:
     """Text, usage, fingerprint and header name the version that answered."""
-    raw = client.chat.completions.with_raw_response.create(model="acme/tools", messages=HELLO, max_tokens=5)
+    raw = client.chat.completions.with_raw_response.create(
+        model="acme/tools", messages=HELLO, max_tokens=5, temperature=0
+    )
     answer = raw.parse()
     assert answer.choices[0].message.content == "BBBBB"
     assert answer.choices[0].finish_reason == "length"
@@ -100,7 +58,12 @@ def test_streaming_with_usage(live, client) -> None:
     """Every chunk carries the version; the last one the usage."""
     chunks = list(
         client.chat.completions.create(
-            model="acme/tools", messages=HELLO, max_tokens=4, stream=True, stream_options={"include_usage": True}
+            model="acme/tools",
+            messages=HELLO,
+            max_tokens=4,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == "BBBB"
@@ -122,7 +85,9 @@ def test_text_completion_and_stop_strings(client) -> None:
     """A stop string ends the text before it; token prompts are taken as they are."""
     answer = client.completions.create(model="acme/tools", prompt="hi", max_tokens=6, temperature=0)
     assert answer.choices[0].text == "BBBBBB"
-    stopped = client.completions.create(model="acme/tools", prompt=[1, 2, 3], max_tokens=50, stop=["BBB"])
+    stopped = client.completions.create(
+        model="acme/tools", prompt=[1, 2, 3], max_tokens=50, stop=["BBB"], temperature=0
+    )
     assert stopped.choices[0].text == ""
     assert stopped.choices[0].finish_reason == "stop"
     assert stopped.usage.completion_tokens == 3
@@ -152,17 +117,25 @@ def test_token_ids_and_scores_agree(live, client) -> None:
         ({"messages": [{"role": "user", "content": "x" * 600}]}, openai.BadRequestError, 400, "512 at most"),
         ({"temperature": 3}, openai.BadRequestError, 400, "from 0 to 2"),
         ({"messages": []}, openai.BadRequestError, 400, "non-empty"),
-        ({"n": 2}, openai.BadRequestError, 400, "1 is supported"),
+        ({"n": 17}, openai.BadRequestError, 400, "from 1 to 16"),
+        ({"echo": True}, openai.BadRequestError, 400, "echo is not supported"),
         ({"max_tokens": 0}, openai.BadRequestError, 400, "from 1"),
         ({"stop": [""]}, openai.BadRequestError, 400, "at most 4"),
-        ({"logprobs": True}, openai.BadRequestError, 400, "logprobs"),
+        ({"stop": ["x"] * 10_000}, openai.BadRequestError, 400, "at most 4"),
+        ({"stop": "x" * 257}, openai.BadRequestError, 400, "256 characters"),
+        ({"top_logprobs": 3}, openai.BadRequestError, 400, "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, openai.BadRequestError, 400, "from 0 to 20"),
+        ({"logit_bias": {"xx": 1}}, openai.BadRequestError, 400, "token ids"),
+        ({"logit_bias": {"384": 1}}, openai.BadRequestError, 400, "0 to 383"),
+        ({"logit_bias": {"1": 101}}, openai.BadRequestError, 400, "-100 to 100"),
+        ({"messages": [{"role": "user", "content": "x" * 2_000_000}]}, openai.BadRequestError, 400, "1048576 bytes"),
     ],
 )
 def test_errors_have_openais_shape(client, change, kind, status, words) -> None:
     """The client raises its own typed errors, with the limit in the message."""
-    asked = {"model": "acme/tools", "messages": HELLO, **change}
+    asked = {"model": "acme/tools", "messages": HELLO}
     with pytest.raises(kind, match=words) as raised:
-        client.chat.completions.create(**asked)
+        client.chat.completions.create(**asked, extra_body=change)
     assert raised.value.status_code == status
     assert "xxx" not in str(raised.value)
 
@@ -193,10 +166,7 @@ def test_a_full_queue_is_429_and_leaving_makes_room(live, client) -> None:
         for stream in streams:
             stream.close()
         gate.set()
-    end = time.monotonic() + 10
-    while live.engine.stats().running or live.engine._streams:
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    wait_idle(live)
     assert client.chat.completions.create(model="acme/tools", messages=HELLO, max_tokens=1).choices
 
 

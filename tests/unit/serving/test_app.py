@@ -14,10 +14,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fedllm.clock import FakeClock
 from fedllm.config import ServeSettings
 from fedllm.errors import PortBusy
 from fedllm.identity import SigningIdentity
-from fedllm.serving.app import run
+from fedllm.registry.remote import HttpVersionSource
+from fedllm.serving.app import open_source, run
+from fedllm.serving.disk import CachingClient, DiskCache
 from fedllm.serving.tenants import create_tenant
 
 PROGRAM = """
@@ -47,6 +50,12 @@ def settings(folder: Path, tenants: Path, port: int) -> dict[str, object]:
         "tenants": str(tenants),
         "port": port,
         "kv_blocks": 128,
+        "cache": str(tenants.parent / "cache"),
+        "slots": 3,
+        "pin_aliases": 1,
+        "slot_patience_s": 0.1,
+        "memory_mb": 8,
+        "cache_mb": 8,
     }
 
 
@@ -91,3 +100,17 @@ def test_a_taken_port_is_named(tiny_folder, tmp_path) -> None:
         paths = {"base": tiny_folder, "tenants": tmp_path / "tenants.toml"}
         with pytest.raises(PortBusy, match=f"port {port} on 127.0.0.1 is taken"):
             run(ServeSettings(**{**fields, **paths}))
+
+
+def test_a_registry_over_http_has_a_tier_on_disk_if_a_folder_is_set(tmp_path) -> None:
+    """The cache sits on the way to the registry; without a folder nothing is kept."""
+    key = SigningIdentity.generate().public
+    cache = DiskCache(tmp_path / "cache", key, max_bytes=1000)
+    cached = open_source("http://127.0.0.1:1", key, FakeClock(), cache=cache)
+    plain = open_source("http://127.0.0.1:1", key, FakeClock())
+    assert isinstance(cached, HttpVersionSource)
+    assert isinstance(plain, HttpVersionSource)
+    assert isinstance(cached._client, CachingClient)
+    assert cached._client.cache is cache
+    assert not isinstance(plain._client, CachingClient)
+    assert not (tmp_path / "cache").exists()

@@ -45,5 +45,41 @@ def test_stop_filter_equals_searching_the_whole_text(pieces: list[str], stops: l
         assert stop_filter.hit
         assert whole.startswith(out)
         assert not any(stop in out for stop in stops)
+        assert any((out + stop + stop_filter.after) in whole for stop in stops)
     else:
         assert (out, stop_filter.hit) == (whole, False)
+
+
+@given(text=st.text(st.characters(codec="utf-8"), max_size=20))
+def test_token_bytes_spell_the_text(tiny_folder, text: str) -> None:
+    """Whatever the text, the bytes of its tokens in a row are the text's, also amid a character."""
+    codec = TextCodec(tiny_folder)
+    assert b"".join(codec.token_bytes(token) for token in codec.encode(text)) == text.encode()
+
+
+def test_special_and_unknown_tokens(tiny_folder) -> None:
+    """A special token has a name but adds nothing to the text; an id that is none spells nothing."""
+    codec = TextCodec(tiny_folder)
+    assert (codec.vocabulary, codec.token_bytes(383), codec.token_bytes(384)) == (384, b"<eos>", b"")
+    assert codec.spelled()[383] == b""
+    assert len(codec.spelled()) == 384
+
+
+def test_byte_fallback_vocabularies_spell_bytes(tmp_path) -> None:
+    """Llama 2's kind: a bar is a space, and ``<0xE2>`` one byte."""
+    from tokenizers import Tokenizer, decoders, models
+
+    vocab = {"<unk>": 0, "\u2581hi": 1, "<0xE2>": 2, "<0x82>": 3, "<0xAC>": 4, "<0xe2>": 5}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    codec = TextCodec(tmp_path)
+    assert b"".join(codec.token_bytes(token) for token in (1, 2, 3, 4)) == " hi\u20ac".encode()
+    assert codec.token_bytes(5) == b"<0xe2>"
+
+
+def test_long_texts_get_the_same_tokens(tiny_folder) -> None:
+    """The way that lets other threads run gives what the short way gives, special tokens included."""
+    codec, piece = TextCodec(tiny_folder), "h\u00e9llo <eos> "
+    assert codec.encode(piece * 1000) == codec.encode(piece) * 1000
+    assert codec.encode_chat([{"role": "user", "content": piece * 1000}])[-3:] == codec.encode("t|>")

@@ -1,0 +1,85 @@
+"""A whole endpoint on loopback, on a thread of its own: real sockets, the tiny model, a registry in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import uvicorn
+from unit.serving.registry_fake import FakeSource, make_version
+from unit.serving.tiny_llama import make_adapter, make_forcing_adapter, running_engine
+
+from fedllm.clock import SystemClock
+from fedllm.rng import OsRng
+from fedllm.serving.api import Endpoint, create_app
+from fedllm.serving.metrics import Counters
+from fedllm.serving.tenants import TenantFile, create_tenant
+from fedllm.serving.text import TextCodec
+from fedllm.serving.versions import Versions
+from fedllm.serving.watch import AliasWatcher
+
+
+@contextmanager
+def live_endpoint(
+    folder: Path, tenants: Path, *, stall_s: float = 30.0, body_s: float = 30.0, **sizes: int
+) -> Iterator[SimpleNamespace]:
+    """Serve two versions of ``acme/tools`` (the live one always says ``B``) on a free port.
+
+    Yields
+    ------
+    SimpleNamespace
+        ``url``, ``port``, ``key`` of a tenant who may use everything, ``poor_key`` of one who may use nothing,
+        ``old`` and ``new`` digests, ``letter`` (token of ``B``) and ``engine``.
+    """
+    world = SimpleNamespace(
+        key=create_tenant(tenants, "acme", ["acme/tools", "base"]),
+        poor_key=create_tenant(tenants, "poor", []),
+        letter=TextCodec(folder).encode("B")[0],
+    )
+    listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    world.port = listener.getsockname()[1]
+    world.url = f"http://127.0.0.1:{world.port}"
+
+    async def serve() -> None:
+        async with running_engine(folder, **{"kv_blocks": 256, **sizes}) as engine:
+            source, counters = FakeSource(), Counters()
+            versions = Versions(engine, source, "tiny")
+            watcher = AliasWatcher(source, engine, versions, counters, SystemClock())
+            world.old = source.publish("acme/tools", make_version(make_adapter(1), 1))
+            forced = make_forcing_adapter(folder, world.letter)
+            world.new = source.publish("acme/tools", make_version(forced, 2))
+            await watcher.poll()
+            codec, clock = TextCodec(folder), SystemClock()
+            endpoint = Endpoint(
+                engine, versions, watcher, codec, TenantFile(tenants), counters, clock, OsRng(), stall_s, body_s
+            )
+            world.engine = engine
+            config = uvicorn.Config(create_app(endpoint), log_config=None, access_log=False, lifespan="off", ws="none")
+            world.server = uvicorn.Server(config)
+            await world.server.serve(sockets=[listener])
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    while not hasattr(world, "server") or not world.server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield world
+    finally:
+        world.server.should_exit = True
+        thread.join(20)
+
+
+def wait_idle(world: SimpleNamespace, seconds: float = 10.0) -> None:
+    """Wait until nothing runs and nothing waits in the engine."""
+    end = time.monotonic() + seconds
+    while (stats := world.engine.stats()).running or stats.waiting:
+        assert time.monotonic() < end, stats
+        time.sleep(0.02)
