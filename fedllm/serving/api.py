@@ -390,4 +390,5 @@ def _health(endpoint: Endpoint, request: Request) -> dict[str, Any]:
         "refused": refused,
         "source_error": watcher.source_error,
         "engine": asdict(endpoint.engine.stats()),
+        "tiers": asdict(versions.tiers.hits),
     }
