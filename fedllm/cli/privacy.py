@@ -155,6 +155,8 @@ def limit(home: Path, epsilon: float, *, reason: str) -> bool:
     if not path.is_file():
         return False  # the daemon begins one with the policy's limit
     ledger = Ledger.resume(path, SigningIdentity.load(home / "owner.pem"), SystemClock())
+    if not ledger.entries():
+        return False  # a crash came before its first line: nothing was promised yet
     if ledger.limit_epsilon == epsilon:
         return False
     ledger.set_limit(epsilon, reason=reason)

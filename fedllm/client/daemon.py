@@ -220,7 +220,7 @@ class Daemon:
             honest = survivors - (plan.min_survivors - shares.honest)
             try:
                 await asyncio.to_thread(self._ledger.realised, plan.digest, honest)
-            except OSError as error:  # without the line more stays charged, and the answer is not lost
+            except (OSError, FedllmError) as error:  # without the line more stays charged, and the answer is not lost
                 telemetry.event(
                     _LOG, "survivors not noted", level=logging.WARNING, round=plan.round, error=type(error).__name__
                 )

@@ -14,10 +14,10 @@ So a row is never drawn twice:
 2. The state is whole on disk before `train_stream` returns, hence before anything of the round can leave.
    Were it later, a crash could send an update and forget it: no row would be released twice, by rule 1, but
    the noise of the following rows would no longer take back that of these.
-3. A stream whose state is damaged, or gone while its claims or its charges are there, is refused, never begun again.
-   The claims live next to the state; that both are gone is seen only from the ledger, which is why `train_stream` is
-   told how many steps were charged before. It never continues below that number: a folder put back from an old
-   copy repeats no row that another plan was charged for.
+3. A stream whose state is damaged, or gone while its claims are there, is refused, never begun again. That both are
+   gone, or were never made because the first plan was charged and not trained, is seen only from the ledger, which is
+   why `train_stream` is told how many steps were charged before. It never continues below that number: a plan is
+   trained once, so that no row from there on was ever drawn, whatever became of the folder.
 
 Not covered: a folder put back from an old copy, after a plan that lost rows by a crash took later ones in their
 place. The ledger charged that plan once and knows nothing of the later rows. Keep no copies of this folder.
@@ -244,11 +244,7 @@ def _claim_steps(
         if machine.taken > state.claimed:
             raise IntegrityError(f"the claims of stream {stream.name!r} are gone", hint=_ANOTHER)
         machine.skip_to(state.claimed)
-    elif charged:
-        raise IntegrityError(
-            f"stream {stream.name!r} was charged for {charged} steps and has no state here", hint=_ANOTHER
-        )
-    else:
+    else:  # never begun here, or all of it is gone: rows that other plans were charged for are passed over below
         machine = CorrelatedSum(stream, dimension=dimension, **numbers)
     machine.skip_to(charged)
     machine.check_room(mechanism.steps)

@@ -10,6 +10,8 @@ from fedllm.aggregation.noised import NoisedVector
 from fedllm.errors import PlanChanged, PolicyRefused
 from fedllm.messages.mechanism import DP_FTRL, DP_SGD, NONE, SKELLAM, UNIT_OWNER, NoiseShares, Stream
 from fedllm.messages.plan import RoundPlan
+from fedllm.privacy.adaptive import step_grid
+from fedllm.privacy.correlated import CorrelatedSum
 from fedllm.privacy.skellam import SumGrid
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ def check_privacy(plan: RoundPlan, policy: OwnerPolicy) -> None:
     _check_numbers(plan, policy)
     if mechanism.kind == DP_SGD:
         _check_sampling(plan)
+        step_grid(mechanism, mechanism.clip_norm, _layout_size(plan))
     if mechanism.stream is not None:
         _check_stream(plan, mechanism.stream)
     if mechanism.shares is not None:
@@ -113,12 +116,17 @@ def _check_stream(plan: RoundPlan, stream: Stream) -> None:
         raise PolicyRefused(
             f"the plan's stream uses each record once in {stream.separation} steps: fewer than one a step expected"
         )
-    held = _HELD_BYTES * (stream.band - 1) * _layout_size(plan)
+    size = _layout_size(plan)
+    held = _HELD_BYTES * (stream.band - 1) * size
     if held > _MOST_STREAM_BYTES:
         raise PolicyRefused(
             f"the plan's stream keeps {held} bytes between steps, at most {_MOST_STREAM_BYTES} allowed",
             hint="a narrower band or a smaller adapter",
         )
+    mechanism = plan.mechanism
+    CorrelatedSum(
+        stream, noise_multiplier=mechanism.noise_multiplier, clip_norm=mechanism.clip_norm, dimension=size
+    )  # refuses noise whose grid is too coarse, before it is charged
 
 
 def _check_shares(plan: RoundPlan, shares: NoiseShares, policy: OwnerPolicy) -> None:

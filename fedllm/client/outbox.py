@@ -118,7 +118,7 @@ class Outbox:
             _LOG, "request failed", level=logging.ERROR, kind=request.kind, error=type(error).__name__,
         )  # fmt: skip
         _LOG.debug("request failed", exc_info=error)
-        return self.leave(request, Answer(Refused("failed", type(error).__name__, None)))
+        return self.leave(request, Answer(Refused("failed", "this owner could not do it; its own log says why", None)))
 
     def unopened(self, federation: str, error: FedllmError, size: int) -> Reply:
         """Answer bytes that are no request of the pinned coordinator's.

@@ -40,6 +40,8 @@ _SECTION = "policy"
 
 _MOST_RATE = 1e4
 _MOST_BATCH = 4096
+_MOST_MICROBATCH = 64
+"""Records in memory at once: with more, running out of it would tell the size of a private sample."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class OwnerPolicy:
         Content digests of the base models that may be fine-tuned.
     allowed_methods : tuple[str, ...]
     allow_without_dp : bool
-        Whether a round without differential privacy is accepted.
+        Whether a round without differential privacy is accepted. Nothing limits epsilon then, of any round.
     min_cohort, min_survivors : int
         Fewer owners in a round, or in an opened sum, are refused; never under 3 survivors.
     max_rank, max_tokens, max_local_steps : int
@@ -298,7 +300,7 @@ def _check_work(plan: RoundPlan, policy: OwnerPolicy) -> None:
         ("max_tokens", recipe.max_tokens, policy.max_tokens),
         ("steps", recipe.steps, policy.max_local_steps),
         ("alpha", plan.spec.alpha, 4 * policy.max_rank),
-        ("microbatch", recipe.microbatch, _MOST_BATCH),
+        ("microbatch", recipe.microbatch, _MOST_MICROBATCH),
         ("batch_size", recipe.batch_size, _MOST_BATCH),
     )
     for name, found, most in bounds:

@@ -171,6 +171,7 @@ class OwnerRound:
         self._keep = keep
         self._charged_before = charged
         self._over = threading.Event()
+        self._closing = threading.Lock()
         self._progress = _Progress("training", clock.monotonic(), 0, plan.recipe.steps)
         self._candidate: Digest | None = None
         self._scoring: Future[tuple[Scores, Scores]] | None = None
@@ -251,7 +252,8 @@ class OwnerRound:
 
     def close(self) -> None:
         """Overwrite the secrets; training still under way stops at its next step."""
-        self._over.set()
+        with self._closing:
+            self._over.set()
         self._sums.close()
 
     def _train(self) -> LocalUpdate:
@@ -261,8 +263,9 @@ class OwnerRound:
         factors = get_method(plan.method).trainable(plan.round)
         trained = self._fitted(factors)
         local = local_update(plan, head=self._head, trained=trained, train_s=self._clock.monotonic() - began_s)
-        self._check_wanted()
-        self._keep(local)
+        with self._closing:  # else an update could be written after the round, and what was kept of it, is gone
+            self._check_wanted()
+            self._keep(local)
         return local
 
     def _fitted(self, factors: tuple[Factor, ...]) -> Trained:

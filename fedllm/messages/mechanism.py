@@ -29,7 +29,8 @@ RELATION_ADD_REMOVE = "add-or-remove-one"
 RELATION_ZERO_OUT = "zero-out-one"
 """Neighbours differ in one owner's update being replaced by zero; that the owner takes part is public."""
 _LEAST_BAND, _MOST_BAND = 1, 256
-_MOST_COUNT_NOISE = 2.0**22
+_LEAST_COUNT_NOISE, _MOST_COUNT_NOISE = 4.0, 2.0**22
+_MOST_STREAM_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class AdaptiveClip:
     rate : float
         The norm moves by a factor of ``exp(-rate * (share - quantile))`` a step.
     count_noise : float
-        Noise standard deviation of the count, in units: 1 to 2^22, so that integer noise is as good as the Gaussian
-        that is priced, and above half the noise multiplier.
+        Noise standard deviation of the count, in units: 4 to 2^22 (integer noise on a coarser grid costs more than the
+        Gaussian that is priced: 0.02 at 1, under 1e-9 at 4), and above half the noise multiplier.
     """
 
     quantile: float
@@ -56,8 +57,10 @@ class AdaptiveClip:
 
     def __post_init__(self) -> None:
         """Refuse numbers that name no quantile or no noise."""
-        if not (0 < self.quantile < 1 and 0 < self.rate <= 1 and 1 <= self.count_noise <= _MOST_COUNT_NOISE):
-            raise ValueError("adaptive clipping: quantile in (0, 1), rate in (0, 1], count noise 1 to 2^22")
+        if not (
+            0 < self.quantile < 1 and 0 < self.rate <= 1 and _LEAST_COUNT_NOISE <= self.count_noise <= _MOST_COUNT_NOISE
+        ):
+            raise ValueError("adaptive clipping: quantile in (0, 1), rate in (0, 1], count noise 4 to 2^22")
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,10 @@ class Stream:
         """Refuse streams whose sensitivity is not known."""
         if not self.name or len(self.name) > 200 or not self.name.isprintable():
             raise ValueError("a stream has a printable name of up to 200 characters")
-        if not (_LEAST_BAND <= self.band <= _MOST_BAND and self.band <= self.separation and self.steps >= 1):
-            raise ValueError(f"stream: band 1 to {_MOST_BAND}, separation no less than band, positive steps")
+        if not (_LEAST_BAND <= self.band <= _MOST_BAND and self.band <= self.separation):
+            raise ValueError(f"stream: band 1 to {_MOST_BAND}, separation no less than band")
+        if not 1 <= self.steps <= _MOST_STREAM_STEPS:
+            raise ValueError(f"stream: 1 to {_MOST_STREAM_STEPS} steps")
 
     @property
     def participations(self) -> int:

@@ -23,7 +23,7 @@ from fedllm.privacy.noise import GRID_BITS, GaussianGrid, discrete_gaussian
 from fedllm.rng import Rng, SeededRng
 
 STEPS, RATE = 5, 0.7
-ADAPTIVE = dataclasses.replace(PRIVATE, steps=STEPS, sample_rate=1.0, adaptive=AdaptiveClip(0.5, 0.5, 1.0))
+ADAPTIVE = dataclasses.replace(PRIVATE, steps=STEPS, sample_rate=1.0, adaptive=AdaptiveClip(0.5, 0.5, 4.0))
 UNITS = [Unit((Example((1, 2, k + 3), (1, 2, k + 3)),)) for k in range(30)]
 
 

@@ -322,14 +322,15 @@ def test_a_crash_before_the_first_claim_is_not_a_loss(tmp_path: Path, monkeypatc
     assert run.used[0] == units_of(0)
 
 
-def test_a_lost_folder_is_refused_by_what_was_charged(tmp_path: Path) -> None:
-    """Both files gone: only the ledger knows that there was a stream. Two runs of row 0 would be two releases of it."""
-    Run(tmp_path / "a").round(mechanism(4))
+def test_a_stream_that_is_gone_or_was_never_begun_passes_over_what_was_charged(tmp_path: Path) -> None:
+    """No files: the ledger alone knows of four steps. Their rows may have been drawn, and are not drawn again."""
     run = Run(tmp_path / "b")
-    with pytest.raises(IntegrityError, match="charged for 4 steps and has no state"):
-        run.round(mechanism(4), charged=4)
-    assert run.used == []
-    assert not (tmp_path / "b").exists()
+    run.round(mechanism(4), charged=4)
+    state = run.store.load(mechanism(4).stream.name)  # type: ignore[union-attr]
+    assert state is not None
+    assert state.claimed == 8
+    with pytest.raises(PolicyRefused):
+        Run(tmp_path / "c").round(mechanism(4), charged=mechanism(4).stream.steps)  # type: ignore[union-attr]
 
 
 def test_two_runs_of_row_0_are_two_releases(tmp_path: Path) -> None:

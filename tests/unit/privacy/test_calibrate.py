@@ -80,12 +80,12 @@ def test_adaptive_clipping_needs_room_for_its_count() -> None:
     roomy = dataclasses.replace(SGD, adaptive=AdaptiveClip(0.5, 0.2, count_noise=10.0))
     assert solve(roomy, epsilon=3.0, delta=1e-5, rounds=1) == plain
     tight = dataclasses.replace(
-        SGD, noise_multiplier=0.1, adaptive=AdaptiveClip(0.5, 0.2, count_noise=1.0)
+        SGD, noise_multiplier=0.1, adaptive=AdaptiveClip(0.5, 0.2, count_noise=4.0)
     )  # fmt: skip
-    needed = solve(SGD, epsilon=0.3, delta=1e-5, rounds=1)
-    assert needed > 2
+    needed = solve(SGD, epsilon=0.1, delta=1e-5, rounds=1)
+    assert needed > 8
     with pytest.raises(ConfigError, match=f"noise multiplier of {needed:g} is needed") as raised:
-        solve(tight, epsilon=0.3, delta=1e-5, rounds=1)
+        solve(tight, epsilon=0.1, delta=1e-5, rounds=1)
     assert raised.value.hint is not None
     assert f"above {needed / 2:g}" in raised.value.hint
 
@@ -117,8 +117,8 @@ def test_signal_to_noise_by_hand() -> None:
     """Expected units over noise times the root of the dimension; clip norms cancel; without noise it is infinite."""
     sgd = dataclasses.replace(SGD, noise_multiplier=2.0)
     assert signal_to_noise(sgd, dimension=2500, records=400) == pytest.approx(0.25 * 400 / (2 * 50))
-    adaptive = dataclasses.replace(sgd, adaptive=AdaptiveClip(0.5, 0.2, 1.25))
-    assert signal_to_noise(adaptive, dimension=2500, records=400) == pytest.approx(0.6), "noise of gradients 10/3"
+    adaptive = dataclasses.replace(sgd, noise_multiplier=8.0, adaptive=AdaptiveClip(0.5, 0.2, 5.0))
+    assert signal_to_noise(adaptive, dimension=2500, records=400) == pytest.approx(0.15), "noise of gradients 40/3"
     # No band: each unit is in one step of eight of a stream of 24, three times in all, with noise of its own each time.
     alone = dataclasses.replace(FTRL, noise_multiplier=2.0, stream=Stream("s", 24, 1, 8))
     assert signal_to_noise(alone, dimension=2500, records=400) == pytest.approx(400 / 8 / (2 * math.sqrt(3) * 50))

@@ -63,7 +63,11 @@ def test_noise_shares_are_made_for_the_smallest_sum_that_is_opened(tmp_path: Pat
         ({"mechanism": SKELLAM, "value_bits": 28, "noise_multiplier": 50.0}, PolicyRefused, "need a ring of"),
         ({"mechanism": DP_FTRL, "stream_band": 32, "stream_separation": 16}, ConfigError, "separation no less than"),
         ({"mechanism": DP_FTRL, "stream_steps": 1, "local_steps": 2}, ConfigError, "a stream of at least as many"),
-        ({"mechanism": DP_SGD, "clip_quantile": 0.5, "clip_count_noise": 1.0}, ConfigError, "count noise must be"),
+        (
+            {"mechanism": DP_SGD, "clip_quantile": 0.5, "clip_count_noise": 4.0, "noise_multiplier": 8.0},
+            ConfigError,
+            "count noise must be",
+        ),
         ({"mechanism": DP_SGD, "clip_quantile": 1.5}, ConfigError, "quantile in"),
     ],
 )
@@ -86,5 +90,5 @@ def test_adaptive_clipping_is_off_unless_asked_for(tmp_path: Path) -> None:
     """A quantile turns it on; the gradients' noise then makes room for the count's."""
     plain = plan_of(World(tmp_path), ALL, **ASKED).mechanism
     assert (plain.adaptive, plain.gradient_noise) == (None, 2.0)
-    adaptive = plan_of(World(tmp_path), ALL, clip_quantile=0.5, clip_count_noise=2.0, **ASKED).mechanism
-    assert adaptive.gradient_noise == pytest.approx((1 / 4 - 1 / 16) ** -0.5)
+    adaptive = plan_of(World(tmp_path), ALL, clip_quantile=0.5, clip_count_noise=4.0, **ASKED).mechanism
+    assert adaptive.gradient_noise == pytest.approx((1 / 4 - 1 / 64) ** -0.5)
