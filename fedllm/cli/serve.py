@@ -62,12 +62,13 @@ def serve(
 def add(
     name: str = typer.Argument(..., help="Name of the tenant."),
     allow: list[str] = typer.Option(..., help="Alias the tenant may use (repeat for several)."),
+    operator: bool = typer.Option(False, "--operator", help="Let its key read the whole endpoint's counters."),
     file: Path = FILE,
 ) -> None:
     """Make a tenant; its key is printed once and stored only as a hash."""
     from fedllm.serving.tenants import create_tenant
 
-    secret = create_tenant(file, name, allow)
+    secret = create_tenant(file, name, allow, operator=operator)
     say(f"tenant {name} may use {', '.join(allow)}; the key below is shown once")
     print_line(secret)
 

@@ -137,7 +137,7 @@ class PlanBuffers:
             start += self.max_tiles
         self.meta_I.copy_(self._host_I, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.meta_I.device))
         return tiles
 
 

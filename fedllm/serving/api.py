@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -22,8 +22,9 @@ from fedllm.serving.generation import Generation, fit, tokenize
 from fedllm.serving.metrics import Counters
 from fedllm.serving.openai import CompletionRequest, read_chat, read_completion, read_json, read_score
 from fedllm.serving.openapi import openapi_document
+from fedllm.serving.status import health_body, model_rows
 from fedllm.serving.structured import Grammars
-from fedllm.serving.tenants import BASE_ACCESS, Tenant, TenantFile
+from fedllm.serving.tenants import Tenant, TenantFile
 from fedllm.serving.text import TextCodec
 from fedllm.serving.versions import Versions
 from fedllm.serving.watch import AliasWatcher
@@ -36,6 +37,7 @@ _LOG = logging.getLogger("fedllm.serving")
 _DISCARDED_BYTES = 8 * MAX_BODY_BYTES
 _LONG_BYTES = 16 * 1024
 _GONE_POLL_S = 0.25
+_GONE = 499
 
 T = TypeVar("T")
 
@@ -69,13 +71,15 @@ class ClientGone(Exception):
 
 
 class EventStream(Response):
-    """Server-sent events of one generation, which is closed whatever becomes of the client."""
+    """Server-sent events of one generation, which is counted and closed whatever becomes of the client."""
 
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes], stall_s: float) -> None:
+    def __init__(self, endpoint: Endpoint, request: Request, generation: Generation, *, chat: bool) -> None:
         super().__init__()
+        self._endpoint = endpoint
+        self._request = request
         self._generation = generation
-        self._events = events
-        self._stall_s = stall_s
+        self._chat = chat
+        self._outcome = _GONE
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ARG002 - ASGI's signature
         """Send the events, then close the generation."""
@@ -85,16 +89,38 @@ class EventStream(Response):
             VERSION_HEADER: self._generation.version,
         }
         try:
-            await send_events(receive, send, self._events, headers, stall_s=self._stall_s)
+            await send_events(receive, send, self._events(), headers, stall_s=self._endpoint.stall_s)
         finally:
+            _count_tokens(self._endpoint, self._request, self._generation)
+            _count(self._endpoint, self._request, self._outcome)
             await self._generation.aclose()
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        generation, chat = self._generation, self._chat
+        try:
+            async for chunk in generation.chunks():
+                yield _event(chunk_body(generation, chunk, chat=chat))
+        except FedllmError as error:
+            # The status line is out already: the error becomes an event, which OpenAI's client raises.
+            self._outcome = error_status(error)
+            yield _event(error_body(error))
+            return
+        except Exception:
+            self._outcome = 500
+            raise
+        # All is generated: a client that leaves on reading the last line has had its answer.
+        self._outcome = 200
+        if generation.request.include_usage:
+            yield _event(usage_body(generation, chat=chat))
+        yield b"data: [DONE]\n\n"
 
 
 class Guard:
     """The outermost layer: what nobody foresaw becomes a 500 in OpenAI's shape, and a log line without its text."""
 
-    def __init__(self, app: Any) -> None:
+    def __init__(self, app: Any, endpoint: Endpoint) -> None:
         self._app = app
+        self._endpoint = endpoint
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on."""
@@ -107,8 +133,6 @@ class Guard:
 
         try:
             await self._app(scope, receive, note)
-        except ClientGone:
-            return
         except Exception as error:  # noqa: BLE001 - a traceback in the server's log would quote the request
             trace = error.__traceback__
             while trace is not None and trace.tb_next is not None:
@@ -116,6 +140,7 @@ class Guard:
             at = f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
             event(_LOG, "request-failed", level=logging.ERROR, kind=type(error).__name__, at=at)
             if not started:
+                _count(self._endpoint, Request(scope), 500)
                 await JSONResponse(http_error_body(500, "the endpoint failed; its log says where"), 500)(
                     scope, receive, send
                 )
@@ -130,7 +155,7 @@ def create_app(endpoint: Endpoint) -> FastAPI:
         A started engine and its surroundings.
     """
     app = FastAPI(title="fedllm endpoint", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard)
+    app.add_middleware(Guard, endpoint=endpoint)
     grammars = Grammars(endpoint.codec)
 
     _add_refusals(app, endpoint)
@@ -154,9 +179,17 @@ def create_app(endpoint: Endpoint) -> FastAPI:
         asked = read_score(await _body(endpoint, request))
         with await _lease(endpoint, request, tenant, asked.model) as lease:
             work = endpoint.engine.score(lease, asked.prompt, asked.tokens)
-            scores = await _unless_gone(request, work)
+            computed = True
+            try:
+                scores = await _unless_gone(request, work)
+            except (RequestInvalid, Overloaded):
+                computed = False
+                raise
+            finally:
+                if computed:
+                    endpoint.counters.tokens(tenant.name, prompt=len(asked.prompt) + len(asked.tokens))
             version = lease.digest
-        _count(endpoint, tenant, "/v1/score")
+        _count(endpoint, request, 200)
         body = {
             "object": "score",
             "model": asked.model,
@@ -175,12 +208,7 @@ _ROUTES = {"/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/score",
 def _add_refusals(app: FastAPI, endpoint: Endpoint) -> None:
     @app.exception_handler(FedllmError)
     async def refused(request: Request, error: FedllmError) -> Response:
-        endpoint.counters.add(
-            "fedllm_requests_total",
-            route=request.url.path if request.url.path in _ROUTES else "other",
-            status=str(error_status(error)),
-            tenant=getattr(request.state, "tenant", ""),
-        )
+        _count(endpoint, request, error_status(error))
         headers = {"x-should-retry": "true"} if isinstance(error, NotReady) else {}
         if isinstance(error, MissingExtra):
             headers["x-should-retry"] = "false"
@@ -189,6 +217,11 @@ def _add_refusals(app: FastAPI, endpoint: Endpoint) -> None:
         if getattr(request.state, "unread", False):
             headers["connection"] = "close"
         return JSONResponse(error_body(error), error_status(error), headers=headers)
+
+    @app.exception_handler(ClientGone)
+    async def gone(request: Request, _: Exception) -> Response:
+        _count(endpoint, request, _GONE)
+        return Response(status_code=_GONE)  # for nobody: the server drops it
 
     @app.exception_handler(404)
     async def no_path(*_: object) -> Response:
@@ -204,17 +237,23 @@ def _add_status(app: FastAPI, endpoint: Endpoint) -> None:
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
         tenant = _tenant(endpoint, request)
-        _count(endpoint, tenant, "/v1/models")
-        return JSONResponse({"object": "list", "data": _models(endpoint, tenant)})
+        _count(endpoint, request, 200)
+        return JSONResponse({"object": "list", "data": model_rows(endpoint.engine, endpoint.versions, tenant)})
 
     @app.get("/health")
     async def health(request: Request) -> Response:
-        return JSONResponse(_health(endpoint, request))
+        try:
+            tenant = _tenant(endpoint, request)
+        except AuthenticationError:
+            tenant = None
+        body = health_body(endpoint.engine, endpoint.versions, endpoint.watcher, tenant)
+        return JSONResponse(body, 503 if body["status"] == "failed" else 200)
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        _tenant(endpoint, request)
-        return PlainTextResponse(endpoint.counters.render(endpoint.engine.stats()), media_type="text/plain")
+        tenant = _tenant(endpoint, request)
+        text = endpoint.counters.render(endpoint.engine.stats(), None if tenant.operator else tenant)
+        return PlainTextResponse(text, media_type="text/plain")
 
     @app.get("/openapi.json")
     async def openapi() -> Response:
@@ -224,14 +263,13 @@ def _add_status(app: FastAPI, endpoint: Endpoint) -> None:
 async def _complete(
     endpoint: Endpoint, grammars: Grammars, request: Request, tenant: Tenant, asked: CompletionRequest, *, chat: bool
 ) -> Response:
-    route = "/v1/chat/completions" if chat else "/v1/completions"
     limit = endpoint.engine.max_model_tokens
     if request.state.body_bytes > _LONG_BYTES:
         # Templates and tokenizers take about a second for a megabyte: not on the loop that serves everybody.
         prompt = await asyncio.to_thread(tokenize, asked, endpoint.codec, limit=limit)
     else:
         prompt = tokenize(asked, endpoint.codec, limit=limit)
-    grammar = await grammars.compile(asked.shapes) if asked.shapes else None
+    grammar = await _unless_gone(request, grammars.compile(asked.shapes)) if asked.shapes else None
     lease = await _lease(endpoint, request, tenant, asked.model)
     try:
         generation = await Generation(
@@ -241,36 +279,20 @@ async def _complete(
             prompt,
             lease,
             endpoint.codec,
-        ).open(endpoint.engine, grammar)
+        ).open(endpoint.engine, grammar, scope=tenant.name)
     except BaseException:
         with lease:
             raise
     if asked.stream:
-        events = _events(endpoint, tenant, generation, route, chat=chat)
-        return EventStream(generation, events, endpoint.stall_s)
+        return EventStream(endpoint, request, generation, chat=chat)
     try:
         body = await _unless_gone(request, full_body(generation, chat=chat))
         version = generation.version
     finally:
+        _count_tokens(endpoint, request, generation)
         await generation.aclose()
-    _count(endpoint, tenant, route, generation)
+    _count(endpoint, request, 200)
     return JSONResponse(body, headers={VERSION_HEADER: version})
-
-
-async def _events(
-    endpoint: Endpoint, tenant: Tenant, generation: Generation, route: str, *, chat: bool
-) -> AsyncIterator[bytes]:
-    try:
-        async for chunk in generation.chunks():
-            yield _event(chunk_body(generation, chunk, chat=chat))
-    except FedllmError as error:
-        # The status line is out already: the error becomes an event, which OpenAI's client raises.
-        yield _event(error_body(error))
-        return
-    if generation.request.include_usage:
-        yield _event(usage_body(generation, chat=chat))
-    yield b"data: [DONE]\n\n"
-    _count(endpoint, tenant, route, generation)
 
 
 def _event(body: dict[str, Any]) -> bytes:
@@ -279,7 +301,7 @@ def _event(body: dict[str, Any]) -> bytes:
 
 async def _lease(endpoint: Endpoint, request: Request, tenant: Tenant, model: str) -> Lease:
     """Lease a version, but not for a client that leaves while it waits for one."""
-    task = asyncio.ensure_future(endpoint.versions.lease(model, tenant))
+    task = asyncio.ensure_future(endpoint.watcher.lease(model, tenant))
     try:
         return await _unless_gone(request, asyncio.shield(task))
     except BaseException:
@@ -347,48 +369,14 @@ async def _parts(request: Request) -> AsyncIterator[bytes]:
             return
 
 
-def _count(endpoint: Endpoint, tenant: Tenant, route: str, generation: Generation | None = None) -> None:
-    counters = endpoint.counters
-    counters.add("fedllm_requests_total", route=route, status="200", tenant=tenant.name)
-    if generation is not None:
-        counters.add("fedllm_prompt_tokens_total", len(generation.prompt), tenant=tenant.name)
-        counters.add("fedllm_completion_tokens_total", generation.completion_tokens, tenant=tenant.name)
+def _count(endpoint: Endpoint, request: Request, status: int) -> None:
+    """Count a request's end; a client that left has status 499."""
+    path = request.url.path
+    route, tenant = path if path in _ROUTES else "other", getattr(request.state, "tenant", "")
+    endpoint.counters.add("fedllm_requests_total", route=route, status=str(status), tenant=tenant)
 
 
-def _models(endpoint: Endpoint, tenant: Tenant) -> list[dict[str, Any]]:
-    versions = endpoint.versions
-    rows: list[dict[str, Any]] = []
-    if tenant.may_use(BASE_ACCESS):
-        digest = endpoint.engine.base_digest
-        rows.append({"id": versions.base_name, "created": 0, "parent": None, "version": None, "digest": digest})
-    for alias, version in sorted(versions.visible(tenant).items()):
-        rows.append(
-            {
-                "id": alias,
-                "created": int(version.manifest.created),
-                "parent": versions.base_name,
-                "version": version.name,
-                "digest": version.digest,
-            }
-        )
-    return [{"object": "model", "owned_by": "fedllm", **row} for row in rows]
-
-
-def _health(endpoint: Endpoint, request: Request) -> dict[str, Any]:
-    """Return liveness for anyone, and what is served and refused for those with a key."""
-    watcher, versions = endpoint.watcher, endpoint.versions
-    status = "ok" if watcher.synced.is_set() else "starting"
-    summary = {"status": status, "base": versions.base_name, "epoch": versions.served.epoch}
-    try:
-        tenant = _tenant(endpoint, request)
-    except AuthenticationError:
-        return summary
-    visible = versions.visible(tenant)
-    refused = {alias: asdict(r) for alias, r in watcher.refused.items() if tenant.may_use(alias)}
-    return summary | {
-        "aliases": {alias: {"version": v.name, "digest": v.digest} for alias, v in visible.items()},
-        "refused": refused,
-        "source_error": watcher.source_error,
-        "engine": asdict(endpoint.engine.stats()),
-        "tiers": asdict(versions.tiers.hits),
-    }
+def _count_tokens(endpoint: Endpoint, request: Request, generation: Generation) -> None:
+    """Count what was computed, whether or not anyone stayed to read it."""
+    prompt, completion = len(generation.prompt), generation.completion_tokens
+    endpoint.counters.tokens(request.state.tenant, prompt=prompt, completion=completion)

@@ -113,10 +113,13 @@ class GenerationRequest:
         Token ids; never printed, it may be private.
     params : SamplingParams
         How to continue it.
+    scope : str
+        Requests of one scope share the prefix cache; another scope learns nothing of it, not even by how fast it is.
     """
 
     prompt: tuple[int, ...] = field(repr=False)
     params: SamplingParams = SamplingParams()
+    scope: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ class EngineStats:
     steps: int
     preemptions: int
     prefix_hit_tokens: int
+    alive: bool
 
 
 class Lease(Protocol):

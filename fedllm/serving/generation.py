@@ -91,12 +91,15 @@ class Generation:
         self._codec = codec
         self._streams: list[TokenStream] = []
 
-    async def open(self, engine: Engine, grammar: Grammar | None) -> Self:
-        """Admit every continuation, or none; the lease stays the caller's if that fails."""
+    async def open(self, engine: Engine, grammar: Grammar | None, *, scope: str) -> Self:
+        """Admit every continuation, or none; the lease stays the caller's if that fails.
+
+        `scope` is whose prefix cache it uses: the tenant's.
+        """
         params = replace(self.request.params, grammar=grammar)
         try:
             for number in range(self.request.n):
-                asked = GenerationRequest(self.prompt, replace(params, continuation=number))
+                asked = GenerationRequest(self.prompt, replace(params, continuation=number), scope)
                 self._streams.append(engine.generate(self._lease, asked))
         except BaseException:
             await self._close_streams()

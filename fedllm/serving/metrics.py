@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from fedllm.serving.engine import EngineStats
+from fedllm.serving.tenants import Tenant
 
 _HELP = {
     "fedllm_requests_total": "Requests by tenant, route and HTTP status.",
@@ -37,17 +38,40 @@ class Counters:
         """Return the sum over all labels."""
         return sum(self._values[name].values())
 
-    def render(self, engine: EngineStats) -> str:
-        """Return all counters and the engine's gauges as one exposition."""
+    def tokens(self, tenant: str, *, prompt: int, completion: int = 0) -> None:
+        """Count what was computed for a tenant."""
+        self.add("fedllm_prompt_tokens_total", prompt, tenant=tenant)
+        self.add("fedllm_completion_tokens_total", completion, tenant=tenant)
+
+    def render(self, engine: EngineStats, tenant: Tenant | None = None) -> str:
+        """Return one exposition.
+
+        Parameters
+        ----------
+        engine : EngineStats
+            The engine's gauges; they tell of everybody's requests, so only a whole exposition has them.
+        tenant : Tenant, optional
+            Show only what is labelled with this tenant or an alias that it may use; everything by default.
+        """
         lines: list[str] = []
         for name, help_text in _HELP.items():
             lines += [f"# HELP {name} {help_text}", f"# TYPE {name} counter"]
-            lines += [f"{name}{_labels(labels)} {count}" for labels, count in self._values[name].items()]
+            lines += [
+                f"{name}{_labels(labels)} {count}"
+                for labels, count in self._values[name].items()
+                if tenant is None or _concerns(dict(labels), tenant)
+            ]
+        if tenant is not None:
+            return "\n".join(lines) + "\n"
         for field, value in asdict(engine).items():
             counter = field in _COUNTERS_OF_ENGINE
             name = f"fedllm_engine_{field}" + ("_total" if counter else "")
-            lines += [f"# TYPE {name} {'counter' if counter else 'gauge'}", f"{name} {value}"]
+            lines += [f"# TYPE {name} {'counter' if counter else 'gauge'}", f"{name} {int(value)}"]
         return "\n".join(lines) + "\n"
+
+
+def _concerns(labels: Mapping[str, str], tenant: Tenant) -> bool:
+    return labels.get("tenant") == tenant.name or tenant.may_use(labels.get("alias", ""))
 
 
 def _labels(labels: Labels | Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from fedllm.errors import RequestInvalid
 from fedllm.serving.engine import SamplingParams
-from fedllm.serving.schema import check_schema
+from fedllm.serving.schema import check_schema, check_sizes, check_together
 from fedllm.serving.structured import Shape
 from fedllm.serving.tools import NO_TOOLS, Tools, read_tools
 
@@ -24,7 +24,11 @@ MAX_STOP_TOKENS = 64
 MAX_CONTINUATIONS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
-_UNSUPPORTED = ("functions", "function_call", "audio", "web_search_options", "echo", "suffix")
+_UNSUPPORTED = (
+    *("functions", "function_call", "audio", "web_search_options", "echo", "suffix", "min_tokens", "bad_words"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "allowed_token_ids"),
+    *("truncate_prompt_tokens", "reasoning_effort", "prediction"),
+)
 
 T = TypeVar("T")
 
@@ -78,11 +82,13 @@ class ScoreRequest:
 
 
 def read_json(data: bytes) -> object:
-    """Return a body's JSON; raise `RequestInvalid` if it is none, or holds text that is not Unicode."""
+    """Return a body's JSON, in UTF-8; raise `RequestInvalid` if it is none, or holds text that is not Unicode."""
     try:
-        body = json.loads(data)
+        body = json.loads(data.decode("utf-8"))
         if b"\\u" in data:
-            json.dumps(body, ensure_ascii=False).encode()  # half a surrogate pair has no UTF-8
+            _check_unicode(body)
+    except UnicodeDecodeError:
+        raise RequestInvalid("the body is not UTF-8") from None
     except UnicodeEncodeError:
         raise RequestInvalid("the body holds text that is not Unicode (half a surrogate pair)") from None
     except RecursionError:
@@ -98,7 +104,10 @@ def read_chat(body: object, *, stop_token_ids: frozenset[int]) -> CompletionRequ
     messages = _get(fields, "messages", list)
     if not messages:
         raise RequestInvalid("messages must be a non-empty list")
+    if fields.get("tool_choice") not in (None, "none", "auto"):
+        check_sizes(_parameters(fields))
     tools, shapes = read_tools(fields), _read_format(fields)
+    check_together(shape.schema for shape in tools.shapes)
     if tools.shapes and shapes:
         raise RequestInvalid("response_format and a tool_choice that demands a call exclude each other")
     count = int(_number(fields, "top_logprobs", 0, 0, MAX_TOP_LOGPROBS, whole=True))
@@ -145,7 +154,8 @@ def _read(
     fields: Mapping[str, Any], stop_token_ids: frozenset[int], logprobs: int | None, **content: Any
 ) -> CompletionRequest:
     for name in _UNSUPPORTED:
-        if fields.get(name):
+        # An empty schema still asks for JSON.
+        if fields.get(name) or fields.get(name) == {}:
             raise RequestInvalid(f"{name} is not supported here", hint=f"leave {name} out")
     if fields.get("modalities") not in (None, ["text"]):
         raise RequestInvalid('modalities must be ["text"]')
@@ -210,7 +220,15 @@ def _read_format(fields: Mapping[str, Any]) -> tuple[Shape, ...]:
             'response_format must be {"type": "text"}, {"type": "json_object"} or '
             '{"type": "json_schema", "json_schema": {"name": ..., "schema": {...}}}'
         )
+    check_sizes([described["schema"]])
     return (Shape(check_schema(described["schema"])),)
+
+
+def _parameters(fields: Mapping[str, Any]) -> list[object]:
+    """Return the schemas of a request's functions, before anything is known to be well formed."""
+    given = fields.get("tools")
+    tools = [tool.get("function") for tool in given if isinstance(tool, dict)] if isinstance(given, list) else []
+    return [function.get("parameters") for function in tools if isinstance(function, dict)]
 
 
 def _read_bias(fields: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
@@ -225,6 +243,11 @@ def _read_bias(fields: Mapping[str, Any]) -> tuple[tuple[int, float], ...]:
         return tuple((int(key), _number(given, key, 0.0, -100.0, 100.0)) for key in given)
     except RequestInvalid:
         raise RequestInvalid("the values of logit_bias must be numbers from -100 to 100") from None
+
+
+def _check_unicode(value: object) -> None:
+    """Raise `UnicodeEncodeError` if a text has half a surrogate pair, which has no UTF-8."""
+    json.dumps(value, ensure_ascii=False).encode()
 
 
 def _fields(body: object) -> dict[str, Any]:
@@ -294,6 +317,7 @@ def _read_call(call: object) -> dict[str, Any]:
     arguments: object = function.get("arguments") if isinstance(function, dict) else None
     try:
         loaded = json.loads(arguments) if isinstance(arguments, str) else None
+        _check_unicode(loaded)
     except (ValueError, RecursionError):
         loaded = None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not isinstance(loaded, dict):

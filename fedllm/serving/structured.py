@@ -10,7 +10,7 @@ import asyncio
 import json
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,8 +112,19 @@ class Vocabulary:
         self.last_byte = np.array([s[-1] if s else 0 for s in self.spelled], dtype=np.uint8)
 
 
+@dataclass
+class _Work:
+    """A compilation that waits or runs, and how many wait for it."""
+
+    job: Future[CompiledShapes]
+    done: asyncio.Future[CompiledShapes]
+    waiters: int = 0
+
+
 class Grammars:
     """Compiles shapes, off the event loop, and keeps the latest ones.
+
+    What nobody waits for any more is not begun.
 
     Parameters
     ----------
@@ -125,7 +136,7 @@ class Grammars:
         self._codec = codec
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="fedllm-grammar")
         self._kept: OrderedDict[tuple[Shape, ...], CompiledShapes] = OrderedDict()
-        self._compiling: dict[tuple[Shape, ...], asyncio.Future[CompiledShapes]] = {}
+        self._compiling: dict[tuple[Shape, ...], _Work] = {}
         self._compiler: tuple[Any, Vocabulary] | None = None
 
     async def compile(self, shapes: Sequence[Shape]) -> CompiledShapes:
@@ -148,14 +159,23 @@ class Grammars:
         if work is None:
             if len(self._compiling) >= _MOST_WAITING:
                 raise Overloaded(f"{_MOST_WAITING} schemas wait to be compiled, which is the limit", hint="retry later")
-            work = asyncio.get_running_loop().run_in_executor(self._worker, self._compile, key)
-            self._compiling[key] = work
-            work.add_done_callback(lambda done: self._keep(key, done))
-        return await asyncio.shield(work)
+            job = self._worker.submit(self._compile, key)
+            work = self._compiling[key] = _Work(job, asyncio.wrap_future(job))
+            work.done.add_done_callback(lambda done: self._keep(key, done))
+        work.waiters += 1
+        try:
+            return await asyncio.shield(work.done)
+        finally:
+            work.waiters -= 1
+            # Only what has not begun can be cancelled; what runs is kept for whoever asks next.
+            if not work.waiters and work.job.cancel():
+                del self._compiling[key]
 
     def _keep(self, key: tuple[Shape, ...], done: asyncio.Future[CompiledShapes]) -> None:
+        if done.cancelled():
+            return
         del self._compiling[key]
-        if done.cancelled() or done.exception() is not None:
+        if done.exception() is not None:
             return
         self._kept[key] = done.result()
         while len(self._kept) > _KEPT or sum(g.size_bytes for g in self._kept.values()) > _MOST_BYTES:

@@ -9,18 +9,24 @@ import base64
 import hashlib
 import hmac
 import json
+import logging
 import os
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedllm.errors import AuthenticationError, ConfigError, NotFound
+from fedllm.errors import AuthenticationError, ConfigError, FedllmError, NotFound
 from fedllm.ids import check_alias, check_name
 from fedllm.rng import KEY_BYTES, OsRng, Rng
+from fedllm.telemetry import event
 
 BASE_ACCESS = "base"
 """In an access list: the base model without an adapter."""
 _PREFIX = "fedllm-"
+_DIGEST = re.compile("[0-9a-f]{64}")
+_FIELDS = {"key_sha256", "allow"}
+_LOG = logging.getLogger("fedllm.serving.tenants")
 
 
 @dataclass(frozen=True)
@@ -35,18 +41,21 @@ class Tenant:
         Hex SHA-256 of its API key.
     allow : tuple of str
         Aliases it may use, and ``base`` for the base model; nothing else is visible to it.
+    operator : bool
+        Whether it sees the whole endpoint's counters: they tell of other tenants.
     """
 
     name: str
     key_sha256: str = field(repr=False)
     allow: tuple[str, ...] = ()
+    operator: bool = False
 
     def may_use(self, name: str) -> bool:
         """Whether an alias (or ``base``) is on the access list."""
         return name in self.allow
 
 
-def create_tenant(path: Path, name: str, allow: list[str], *, rng: Rng | None = None) -> str:
+def create_tenant(path: Path, name: str, allow: list[str], *, operator: bool = False, rng: Rng | None = None) -> str:
     """Add a tenant to the file and return its key, which is stored nowhere.
 
     Parameters
@@ -57,6 +66,8 @@ def create_tenant(path: Path, name: str, allow: list[str], *, rng: Rng | None = 
         A new tenant's name.
     allow : list of str
         Aliases ``tenant/name`` it may use, and ``base`` for the base model.
+    operator : bool
+        Whether its key reads the whole endpoint's counters.
     rng : Rng, optional
         Source of the key; the operating system by default.
 
@@ -72,7 +83,7 @@ def create_tenant(path: Path, name: str, allow: list[str], *, rng: Rng | None = 
     if any(tenant.name == name for tenant in tenants):
         raise ConfigError(f"tenant {name!r} is in {path} already", hint="choose another name")
     key = _PREFIX + base64.urlsafe_b64encode((rng or OsRng()).token(KEY_BYTES)).rstrip(b"=").decode()
-    _write(path, [*tenants, Tenant(name, _hash(key), tuple(allow))])
+    _write(path, [*tenants, Tenant(name, _hash(key), tuple(allow), operator)])
     return key
 
 
@@ -95,12 +106,14 @@ def load_tenants(path: Path) -> list[Tenant]:
     tenants = []
     for name, table in tables.items():
         check_name(name, what="tenant")
-        if not isinstance(table, dict) or set(table) != {"key_sha256", "allow"}:
-            raise ConfigError(f"tenant {name!r} in {path} needs exactly key_sha256 and allow")
-        digest, allow = table["key_sha256"], table["allow"]
-        if not isinstance(digest, str) or len(digest) != 64 or not isinstance(allow, list):
+        if not isinstance(table, dict) or not _FIELDS <= set(table) <= _FIELDS | {"operator"}:
+            raise ConfigError(f"tenant {name!r} in {path} needs exactly key_sha256 and allow, and may have operator")
+        digest, allow, operator = table["key_sha256"], table["allow"], table.get("operator", False)
+        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or not isinstance(allow, list):
             raise ConfigError(f"tenant {name!r} in {path}: key_sha256 has 64 hex digits, allow is a list")
-        tenants.append(Tenant(name, digest, tuple(_check_access(entry) for entry in allow)))
+        if not isinstance(operator, bool):
+            raise ConfigError(f"tenant {name!r} in {path}: operator is true or false")
+        tenants.append(Tenant(name, digest, tuple(_check_access(entry) for entry in allow), operator))
     return tenants
 
 
@@ -128,14 +141,20 @@ class TenantFile:
     Parameters
     ----------
     path : Path
-        Read again when its time stamp or size changes.
+        Read again when it changes. If it cannot be read then, the tenants known so far stay, and the log says why:
+        a slip of the pen must not lock everybody out, and its text is nobody's who asks over HTTP.
+
+    Raises
+    ------
+    NotFound, ConfigError
+        If it cannot be read the first time.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: tuple[int, int] | None = None
-        self._tenants: list[Tenant] = []
-        self._refresh()
+        self._seen = self._stamp()
+        self._tenants = load_tenants(path)
+        self._logged: object = None
 
     def authenticate(self, key: str) -> Tenant:
         """Return the tenant whose key this is, or raise `AuthenticationError`."""
@@ -143,11 +162,24 @@ class TenantFile:
         return authenticate(self._tenants, key)
 
     def _refresh(self) -> None:
-        stat = self._path.stat() if self._path.exists() else None
-        seen = (stat.st_mtime_ns, stat.st_size) if stat else None
-        if seen is None or seen != self._seen:
+        stamp = self._stamp()
+        if stamp is not None and stamp == self._seen:
+            return
+        try:
             self._tenants = load_tenants(self._path)
-            self._seen = seen
+            self._seen, self._logged = stamp, None
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with the file, the last good list serves on
+            failure = error.code if isinstance(error, FedllmError) else type(error).__name__
+            if self._logged != (stamp, failure):
+                self._logged = (stamp, failure)
+                event(_LOG, "tenants file unreadable, last list kept", level=logging.ERROR, code=failure)
+
+    def _stamp(self) -> tuple[int, int, int] | None:
+        try:
+            stat = self._path.stat()
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_ino, stat.st_size
 
 
 def _check_access(entry: object) -> str:
@@ -165,7 +197,9 @@ def _hash(key: str) -> str:
 def _write(path: Path, tenants: list[Tenant]) -> None:
     # Names, digests and aliases are plain ASCII, whose JSON form is also TOML.
     tables = [
-        f"[{t.name}]\nkey_sha256 = {json.dumps(t.key_sha256)}\nallow = {json.dumps(list(t.allow))}\n" for t in tenants
+        f"[{t.name}]\nkey_sha256 = {json.dumps(t.key_sha256)}\nallow = {json.dumps(list(t.allow))}\n"
+        + ("operator = true\n" if t.operator else "")
+        for t in tenants
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".new")

@@ -6,6 +6,7 @@ reaches any version of the federation that the alias serves, and no other federa
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -136,6 +137,6 @@ class Versions:
 
 
 def _matches(version: AdapterVersion, pin: str) -> bool:
-    if pin.startswith("v") and pin[1:].isdigit():
+    if re.fullmatch(r"v[0-9]{1,9}", pin):
         return version.number == int(pin[1:])
     return len(pin) >= _MIN_PREFIX and version.digest.startswith(pin)

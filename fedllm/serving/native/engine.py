@@ -13,7 +13,6 @@ import queue
 import threading
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import cast
@@ -21,40 +20,26 @@ from typing import cast
 import torch
 
 from fedllm.adapter import AdapterState
-from fedllm.errors import AdapterInvalid, FedllmError, Overloaded, ProcessDied, RequestInvalid
+from fedllm.errors import Overloaded, ProcessDied, RequestInvalid
 from fedllm.ids import Digest
 from fedllm.kernels import BASE_SLOT
 from fedllm.rng import Rng
-from fedllm.serving.engine import (
-    Chunk,
-    EngineStats,
-    GenerationRequest,
-    Lease,
-    SamplingParams,
-    TokenScore,
-)
+from fedllm.serving.engine import EngineStats, GenerationRequest, Lease, SamplingParams, TokenScore
 from fedllm.serving.native.admission import SlotQueue
 from fedllm.serving.native.blocks import BlockPool
 from fedllm.serving.native.graphs import DecodeGraphs, decode_graphs
 from fedllm.serving.native.limits import EngineLimits
 from fedllm.serving.native.loader import PackedAdapter, choose_dtype, load_weights, pack_adapter, read_config
 from fedllm.serving.native.model import LlamaModel
-from fedllm.serving.native.runner import GRAMMAR_STUCK, Runner
+from fedllm.serving.native.runner import Runner
 from fedllm.serving.native.sampler import new_generator
 from fedllm.serving.native.scheduler import Scheduler, Work
 from fedllm.serving.native.sequence import Sequence
 from fedllm.serving.native.sizing import fit_to_device
 from fedllm.serving.native.slots import SlotTable
-from fedllm.serving.native.stream import QueueStream, SlotLease
+from fedllm.serving.native.stream import Output, QueueStream, SlotLease, delivery
 
 __all__ = ["EngineLimits", "NativeEngine", "open_engine"]
-
-
-@dataclass(frozen=True)
-class _Output:
-    sequence_id: int
-    item: Chunk | FedllmError
-    ended: bool
 
 
 class NativeEngine:
@@ -181,7 +166,7 @@ class NativeEngine:
 
     def generate(self, lease: Lease, request: GenerationRequest) -> QueueStream:
         """Admit a request and return its stream; see `fedllm.serving.engine.Engine`."""
-        return self._admit(lease, list(request.prompt), len(request.prompt), request.params, scoring=False)
+        return self._admit(lease, list(request.prompt), len(request.prompt), request.params, scope=request.scope)
 
     async def score(self, lease: Lease, prompt: Seq[int], tokens: Seq[int]) -> list[TokenScore]:
         """Return the scores of `tokens` as a continuation of `prompt`."""
@@ -209,6 +194,7 @@ class NativeEngine:
             steps=self._steps,
             preemptions=scheduler.preemptions,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            alive=not self._stopped,
         )
 
     async def close(self) -> None:
@@ -238,7 +224,14 @@ class NativeEngine:
         await reply
 
     def _admit(
-        self, lease: Lease, tokens: list[int], prompt_length: int, params: SamplingParams, *, scoring: bool
+        self,
+        lease: Lease,
+        tokens: list[int],
+        prompt_length: int,
+        params: SamplingParams,
+        *,
+        scoring: bool = False,
+        scope: str = "",
     ) -> QueueStream:
         self._check_running()
         total = len(tokens) + (0 if scoring else params.max_tokens)
@@ -262,6 +255,7 @@ class NativeEngine:
             prompt_length=prompt_length,
             params=params,
             scoring=scoring,
+            scope=scope,
             generator=new_generator(params, self._rng),
         )
         stream = QueueStream(sequence, self._cancel)
@@ -277,7 +271,7 @@ class NativeEngine:
         if self._stopped:
             raise ProcessDied("the engine's step loop has stopped", hint="restart the endpoint; see its log")
 
-    def _deliver(self, outputs: list[_Output]) -> None:
+    def _deliver(self, outputs: list[Output]) -> None:
         for output in outputs:
             stream = self._streams.get(output.sequence_id)
             if stream is None:
@@ -298,6 +292,8 @@ class NativeEngine:
     # What follows runs on the step thread.
 
     def _serve(self) -> None:
+        if self._model.device.type == "cuda":
+            torch.cuda.set_device(self._model.device)  # Triton launches on the thread's current device
         try:
             while self._execute_commands():
                 work = self._scheduler.schedule()
@@ -325,21 +321,12 @@ class NativeEngine:
         self._scheduler.finish(work)
         self._steps += 1
         outputs = [
-            _Output(item.sequence.id, _delivery(item.sequence, start), item.sequence.ended)
+            Output(item.sequence.id, delivery(item.sequence, start), item.sequence.ended)
             for item, start in zip(work, before, strict=True)
             if item.sequence.ended or item.sequence.generated > start
         ]
         if outputs:
             self._loop.call_soon_threadsafe(self._deliver, outputs)
-
-
-def _delivery(sequence: Sequence, start: int) -> Chunk | FedllmError:
-    if sequence.failure == GRAMMAR_STUCK:
-        return RequestInvalid(GRAMMAR_STUCK)
-    if sequence.failure is not None:
-        return AdapterInvalid(sequence.failure)
-    new = () if sequence.scoring else tuple(sequence.tokens[sequence.prompt_length + start :])
-    return Chunk(new, sequence.finish_reason, tuple(sequence.logprobs[start:]))
 
 
 def _resolve(reply: asyncio.Future[None]) -> None:

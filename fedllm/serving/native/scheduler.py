@@ -113,7 +113,7 @@ class Scheduler:
             sequence = work.sequence
             sequence.computed += work.count
             self.pool.remember(
-                bytes.fromhex(sequence.version),
+                sequence.cache_root,
                 sequence.tokens,
                 sequence.blocks,
                 sequence.block_keys,
@@ -132,7 +132,7 @@ class Scheduler:
         for other in self.running:
             # Decoding ones are left out: what they say next is nobody's beginning.
             left = min(usable, other.prompt_length // size * size)
-            if other.version == sequence.version and other.computed < left:
+            if other.cache_root == sequence.cache_root and other.computed < left:
                 begin = other.computed // size * size
                 if other.tokens[: begin + size] == sequence.tokens[: begin + size]:
                     return True
@@ -140,8 +140,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, budget: int) -> Work | None:
         if not sequence.scoring:
-            root = bytes.fromhex(sequence.version)
-            sequence.blocks, sequence.block_keys = self.pool.match(root, sequence.tokens)
+            sequence.blocks, sequence.block_keys = self.pool.match(sequence.cache_root, sequence.tokens)
             sequence.computed = sequence.cached = len(sequence.blocks) * self.pool.block_tokens
         # Room for all of it and one more token is asked for, though only a chunk is taken now: admitting a
         # long prompt that cannot finish would only push out others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +32,8 @@ class Sequence:
         How to continue.
     scoring : bool
         Score the tokens after the prompt and generate none.
+    scope : str
+        Whose blocks of the prefix cache it may use, and adds to.
     """
 
     id: int
@@ -40,6 +43,7 @@ class Sequence:
     prompt_length: int
     params: SamplingParams
     scoring: bool = False
+    scope: str = ""
     computed: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -50,6 +54,12 @@ class Sequence:
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     failure: str | None = None
+
+    @property
+    def cache_root(self) -> bytes:
+        """Key of the empty beginning: of a version, within a scope."""
+        version = bytes.fromhex(self.version)
+        return hashlib.blake2b(self.scope.encode(), digest_size=16, key=version).digest() if self.scope else version
 
     @property
     def ended(self) -> bool:

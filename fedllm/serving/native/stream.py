@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from fedllm.errors import FedllmError
+from fedllm.errors import AdapterInvalid, FedllmError, RequestInvalid
 from fedllm.ids import Digest
 from fedllm.serving.engine import Chunk
+from fedllm.serving.native.runner import GRAMMAR_STUCK
 from fedllm.serving.native.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step made for one sequence, on its way to the event loop."""
+
+    sequence_id: int
+    item: Chunk | FedllmError
+    ended: bool
 
 
 class SlotLease:
@@ -68,3 +79,13 @@ class QueueStream:
         """Cancel what is left."""
         self._ended = True
         self._close(self.sequence)
+
+
+def delivery(sequence: Sequence, start: int) -> Chunk | FedllmError:
+    """Return what a sequence has had since its `start`-th token, or why it failed."""
+    if sequence.failure == GRAMMAR_STUCK:
+        return RequestInvalid(GRAMMAR_STUCK)
+    if sequence.failure is not None:
+        return AdapterInvalid(sequence.failure)
+    new = () if sequence.scoring else tuple(sequence.tokens[sequence.prompt_length + start :])
+    return Chunk(new, sequence.finish_reason, tuple(sequence.logprobs[start:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -128,6 +129,26 @@ def test_token_ids_and_scores_agree(live, client) -> None:
         ({"logit_bias": {"xx": 1}}, openai.BadRequestError, 400, "token ids"),
         ({"logit_bias": {"384": 1}}, openai.BadRequestError, 400, "0 to 383"),
         ({"logit_bias": {"1": 101}}, openai.BadRequestError, 400, "-100 to 100"),
+        *(
+            ({"model": f"acme/tools@{pin}"}, openai.NotFoundError, 404, "does not exist")
+            for pin in ("v\u00b2", "v\u0661", "v" + "1" * 5000, "v0000000001", "v", "v-1", "v1\n")
+        ),
+        *(
+            ({name: value}, openai.BadRequestError, 400, f"{name} is not supported")
+            for name, value in {
+                "min_tokens": 2,
+                "guided_json": {},
+                "guided_regex": "a",
+                "guided_choice": ["a"],
+                "guided_grammar": "root ::= 'a'",
+                "structured_outputs": {"regex": "a"},
+                "allowed_token_ids": [1],
+                "bad_words": ["a"],
+                "truncate_prompt_tokens": 5,
+                "reasoning_effort": "low",
+                "prediction": {"type": "content", "content": "a"},
+            }.items()
+        ),
         ({"messages": [{"role": "user", "content": "x" * 2_000_000}]}, openai.BadRequestError, 400, "1048576 bytes"),
     ],
 )
@@ -138,6 +159,34 @@ def test_errors_have_openais_shape(client, change, kind, status, words) -> None:
         client.chat.completions.create(**asked, extra_body=change)
     assert raised.value.status_code == status
     assert "xxx" not in str(raised.value)
+
+
+def test_empty_and_unknown_fields_change_nothing(client) -> None:
+    """What asks for nothing is not refused, and a field that nobody knows is ignored."""
+    empty = {"min_tokens": 0, "bad_words": [], "allowed_token_ids": None, "guided_json": None, "mood": "good"}
+    asked = {"model": "acme/tools", "messages": HELLO, "max_tokens": 2, "temperature": 0}
+    assert client.chat.completions.create(**asked, extra_body=empty).choices[0].message.content == "BB"
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "score"])
+@pytest.mark.parametrize(
+    ("encode", "words"),
+    [
+        (lambda body: body.replace("hello", "\ud800").encode("utf-8", "surrogatepass"), "not UTF-8"),
+        (lambda body: body.encode("utf-16"), "not UTF-8"),
+        (lambda body: body.replace("hello", "\ud800").encode("utf-16-le", "surrogatepass"), "not UTF-8|not JSON"),
+        (lambda body: body.encode("utf-32-be"), "not JSON"),
+        (lambda body: body.replace("hello", "\\ud800").encode(), "not Unicode"),
+    ],
+)
+def test_bodies_are_utf_8(live, path, encode, words) -> None:
+    """Half a surrogate pair as raw bytes, and encodings that a lenient parser would guess, are the sender's error."""
+    body = {"model": "acme/tools", "prompt": "hello", "messages": HELLO, "prompt_token_ids": [1], "token_ids": [2]}
+    answer = httpx.post(
+        f"{live.url}/v1/{path}", content=encode(json.dumps(body)), headers={"authorization": f"Bearer {live.key}"}
+    )
+    assert answer.status_code == 400
+    assert re.search(words, answer.json()["error"]["message"])
 
 
 def test_a_bad_key_is_401_and_another_tenants_model_404(live) -> None:

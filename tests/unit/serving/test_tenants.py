@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from fedllm.errors import AuthenticationError, ConfigError, NotFound
@@ -49,4 +51,45 @@ def test_bad_names_aliases_and_files_are_named(tmp_path) -> None:
         create_tenant(path, "other", ["tools"])
     path.write_text('[acme]\nkey = "1"\n')
     with pytest.raises(ConfigError, match="needs exactly key_sha256 and allow"):
+        load_tenants(path)
+
+
+@pytest.mark.parametrize("harm", ["missing", "malformed", "unreadable"])
+def test_a_file_broken_while_served_keeps_the_last_good_list(tmp_path, caplog, harm: str) -> None:
+    """Known keys stay, strangers stay strangers, one log line has a code and no text; mending it is noticed."""
+    path = tmp_path / "t.toml"
+    key = create_tenant(path, "acme", [])
+    tenants, good = TenantFile(path), path.read_text()
+    path.unlink()
+    if harm == "malformed":
+        path.write_text("[private-text")
+    elif harm == "unreadable":
+        path.mkdir()
+    with caplog.at_level(logging.ERROR):
+        for _ in range(3):
+            assert tenants.authenticate(key).name == "acme"
+            with pytest.raises(AuthenticationError):
+                tenants.authenticate("wrong")
+    assert len(caplog.records) == 1
+    assert "private-text" not in caplog.text
+    assert str(path) not in caplog.text
+    if harm == "unreadable":
+        path.rmdir()
+    path.write_text(good)
+    late = create_tenant(path, "late", [])
+    assert tenants.authenticate(late).name == "late"
+
+
+def test_an_operator_is_marked_by_true_and_nothing_else(tmp_path) -> None:
+    """The mark survives a rewrite of the file; a number or a word for it is refused."""
+    path = tmp_path / "t.toml"
+    create_tenant(path, "ops", [], operator=True)
+    create_tenant(path, "acme", [])
+    assert [tenant.operator for tenant in load_tenants(path)] == [True, False]
+    for wrong in ("1", '"true"'):
+        path.write_text(f'[acme]\nkey_sha256 = "{"0" * 64}"\nallow = []\noperator = {wrong}\n')
+        with pytest.raises(ConfigError, match="operator is true or false"):
+            load_tenants(path)
+    path.write_text(f'[acme]\nkey_sha256 = "{"é" * 64}"\nallow = []\n')
+    with pytest.raises(ConfigError, match="64 hex digits"):
         load_tenants(path)

@@ -177,6 +177,39 @@ def test_a_demanded_call_is_always_one(tiny_folder) -> None:
     assert seen == NAMES
 
 
+def demanded(count: int, properties: dict[str, object]) -> dict[str, object]:
+    """Return a request that demands a call of one of several functions."""
+    parameters = {"type": "object", "properties": properties}
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": parameters}} for i in range(count)]
+    return {"model": "m", "messages": [{"role": "user", "content": "x"}], "tools": tools, "tool_choice": "required"}
+
+
+@pytest.mark.parametrize(
+    ("width", "most", "schema", "words"),
+    [
+        (4, 25, {"type": "string", "pattern": "a"}, "2000 subschemas and 100 patterns together"),
+        (40, 48, {"type": "boolean"}, "2000 subschemas and 100 patterns together"),
+        (4, 5, {"type": "string", "maxLength": 100}, "more than 2000, which is the budget"),
+    ],
+)
+def test_the_schemas_of_a_request_are_bounded_together(width, most, schema, words) -> None:
+    """Limits hold for all functions of a request, not for each; what need not be compiled is not counted."""
+    properties = {f"p{i}": schema for i in range(width)}
+    fits, over = demanded(most, properties), demanded(most + 1, properties)
+    assert len(read_chat(fits, stop_token_ids=frozenset()).shapes) == most
+    with pytest.raises(RequestInvalid, match=words):
+        read_chat(over, stop_token_ids=frozenset())
+    assert read_chat({**over, "tool_choice": "auto"}, stop_token_ids=frozenset()).shapes == ()
+
+
+def test_many_patterns_cost_the_event_loop_nothing(monkeypatch) -> None:
+    """A body of thousands of patterns is refused before the first of them is looked at."""
+    monkeypatch.setattr("fedllm.serving.schema._check_pattern", lambda _: pytest.fail("a pattern was looked at"))
+    body = demanded(64, {f"p{i}": {"type": "string", "pattern": f"a{i}" * 30} for i in range(62)})
+    with pytest.raises(RequestInvalid, match="100 patterns together"):
+        read_chat(body, stop_token_ids=frozenset())
+
+
 def test_conversations_with_calls_reach_both_kinds_of_template(tiny_folder, tmp_path) -> None:
     """A template that knows tools gets them as objects; for another they become text in front."""
     body = {
@@ -228,6 +261,7 @@ def test_conversations_with_calls_reach_both_kinds_of_template(tiny_folder, tmp_
         {"role": "assistant", "tool_calls": "x"},
         {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "[1]"}}]},
         {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": '{"b": "\\ud800"}'}}]},
     ],
 )
 def test_wrong_messages_are_refused(message) -> None:

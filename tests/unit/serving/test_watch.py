@@ -11,7 +11,7 @@ from unit.serving.registry_fake import FakeSource, make_version, with_manifest_o
 from unit.serving.tiny_llama import BASE, make_adapter, make_forcing_adapter, running_engine
 
 from fedllm.clock import FakeClock
-from fedllm.errors import NotFound, PeerUnavailable
+from fedllm.errors import DecodeError, DigestMismatch, NotFound, PeerUnavailable, ProcessDied, SignatureInvalid
 from fedllm.serving.engine import GenerationRequest, SamplingParams
 from fedllm.serving.metrics import Counters
 from fedllm.serving.tenants import Tenant
@@ -165,5 +165,78 @@ def test_pins_reach_older_versions_of_the_same_federation_only(tiny_folder, driv
             ]:  # fmt: skip
                 with pytest.raises(NotFound, match="does not exist here"):
                     await versions.lease(model, tenant)
+
+    drive(body())
+
+
+@pytest.mark.parametrize("failure", [OSError("text"), AttributeError("text"), RecursionError("text")])
+def test_an_unforeseen_failure_of_the_source_ends_nothing(tiny_folder, drive, failure) -> None:
+    """Whatever the source raises is shown by its kind, and following goes on when it is back."""
+
+    async def body():
+        async with watching(tiny_folder) as (_engine, source, versions, watcher):
+            source.failure = failure
+            task = asyncio.create_task(watcher.run())
+            while watcher.source_error is None:
+                assert not task.done()
+                await asyncio.sleep(0.01)
+            assert watcher.source_error == type(failure).__name__
+            digest = source.publish(ALIAS, make_version(make_adapter(1), 1))
+            source.failure = None
+            await watcher.synced.wait()
+            assert versions.served.versions[ALIAS].digest == digest
+            assert watcher.source_error is None
+            task.cancel()
+
+    drive(body())
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [DigestMismatch("x"), DecodeError("x"), NotFound("x"), SignatureInvalid("x"), ProcessDied("x"), OSError("x")],
+)
+def test_a_torn_download_is_shown_and_tried_again(tiny_folder, drive, monkeypatch, failure) -> None:
+    """Refused and counted once while it lasts, taken live when it is over; other aliases do not wait for it."""
+    monkeypatch.setattr("fedllm.serving.watch._FIRST_PAUSE_S", 0.01)
+
+    async def body():
+        async with watching(tiny_folder) as (_engine, source, versions, watcher):
+            fetch, tries = source.fetch, 0
+            torn = make_version(make_adapter(1), 1).version.digest
+
+            async def tear(digest):
+                nonlocal tries
+                tries += digest == torn
+                if digest == torn and tries < 3:
+                    raise failure
+                return await fetch(digest)
+
+            source.fetch = tear
+            assert source.publish(ALIAS, make_version(make_adapter(1), 1)) == torn
+            source.publish("acme/other", make_version(make_adapter(2), 2))
+            await watcher.poll()
+            assert (watcher.refused[ALIAS].digest, watcher.refused[ALIAS].final) == (torn, False)
+            assert watcher.synced.is_set()
+            assert set(versions.served.versions) == {"acme/other"}
+            await watcher.poll()
+            await watcher.poll()
+            assert versions.served.versions[ALIAS].digest == torn
+            assert watcher.refused == {}
+            assert watcher._counters.value("fedllm_versions_refused_total") == 1
+
+    drive(body())
+
+
+def test_a_torn_version_nobody_points_at_is_forgotten(tiny_folder, drive) -> None:
+    """When its alias is withdrawn nothing is left to try."""
+
+    async def body():
+        async with watching(tiny_folder) as (_engine, source, _versions, watcher):
+            source.stored.pop(source.publish(ALIAS, make_version(make_adapter(1), 1)))
+            await watcher.poll()
+            assert set(watcher.refused) == {ALIAS}
+            source.withdraw(ALIAS)
+            await watcher.poll()
+            assert watcher.refused == {}
 
     drive(body())
