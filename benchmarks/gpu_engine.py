@@ -29,6 +29,7 @@ from fedllm.kernels import build_segments, cpu, write_slot
 from fedllm.kernels.attention import choose_kind
 from fedllm.serving.native.families import LlamaConfig, Rope
 from fedllm.serving.native.graphs import DecodeBatch, DecodeGraphs
+from fedllm.serving.native.linear import new_linear
 from fedllm.serving.native.model import GROUPS, LayerWeights, LlamaModel, LlamaWeights, Span, StepInput
 from fedllm.serving.native.sizing import block_bytes, slot_bytes, weight_bytes
 
@@ -82,7 +83,9 @@ def make_model(setting: Setting) -> LlamaModel:
 
     def layer() -> LayerWeights:
         shapes = {group: [config.projection_shape(m) for m in modules] for group, modules in GROUPS.items()}
-        linears = {g: draw(s[0][1], sum(o for o, _ in s), scale=s[0][1] ** -0.5) for g, s in shapes.items()}
+        linears = {
+            g: new_linear(draw(sum(o for o, _ in s), s[0][1], scale=s[0][1] ** -0.5)) for g, s in shapes.items()
+        }
         ones = torch.ones(config.hidden_size, dtype=setting.dtype, device=setting.device)
         return LayerWeights(ones, ones, linears)
 
@@ -90,7 +93,7 @@ def make_model(setting: Setting) -> LlamaModel:
     tables = [draw(config.vocab_size, config.hidden_size, scale=config.hidden_size**-0.5) for _ in range(2)]
     blocks = requests * (setting.context // BLOCK_TOKENS + 1)
     model = LlamaModel(
-        config, LlamaWeights(tables[0], layers, layers[0].input_norm, tables[1]), slots=requests,
+        config, LlamaWeights(tables[0], layers, layers[0].input_norm, new_linear(tables[1])), slots=requests,
         max_rank=setting.rank, blocks=blocks, block_tokens=BLOCK_TOKENS, positions=setting.context + BLOCK_TOKENS,
         attention=setting.attention,
     )  # fmt: skip

@@ -7,18 +7,15 @@ a keyword is either enforced, a mere annotation, or an error that names it. Limi
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
 from fedllm.errors import RequestInvalid
+from fedllm.serving.patterns import MAX_COUNT, check_pattern, repeats
 
 MAX_SCHEMA_CHARS = 64 * 1024
 MAX_DEPTH = 32
 MAX_NODES = 2000
-MAX_COUNT = 1000
-MAX_PATTERN = 200
 MAX_PATTERNS = 100
 MAX_WORK = 2000
 MAX_STEPS = 20_000
@@ -59,12 +56,6 @@ _VOCABULARY = frozenset(
     )
 )
 _KNOWN = frozenset((*_OF_TYPE, *_CHOICES, *_DEFINITIONS, "type", "strict"))
-# No quotation marks or backslashes as such, look-around, references or boundaries.
-_PATTERN = re.compile(r"(?:\\[dwsDWS.+*?()\[\]{}|^$/-]|\(\?:|\((?!\?)|[^\\\"(\x00-\x1f])*")
-_ATOM = re.compile(r"\\.|\[[^\]]*\]")
-_DOUBLE = re.compile(r"[*+?}][*+?{]")
-_REPEAT = re.compile(r"\{([0-9]+)(?:,([0-9]*))?\}")
-_PIECE = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{([0-9]+)(?:,([0-9]*))?\}|.", re.DOTALL)
 
 
 def check_schema(schema: object) -> str:
@@ -268,7 +259,7 @@ class _Check:
             self._patterns += 1
             if self._patterns > MAX_PATTERNS:
                 raise RequestInvalid(f"a schema has at most {MAX_PATTERNS} patterns")
-            _check_pattern(made)
+            made["pattern"] = check_pattern(made)
 
     def _resolve(self, reference: object) -> object:
         if reference == "#":
@@ -351,50 +342,10 @@ def _work(made: dict[str, Any]) -> int:
     """
     if not made:
         return 0
-    total: int = max(made.get("minLength", 0), made.get("maxLength", 0)) + _repeats(made.get("pattern", ""))
+    total: int = max(made.get("minLength", 0), made.get("maxLength", 0)) + repeats(made.get("pattern", ""))
     for name in ("properties", *_DEFINITIONS):
         total += sum(map(_work, made.get(name, {}).values()))
     total += sum(map(_work, [*made.get("anyOf", ()), *made.get("prefixItems", ())]))
     total += _work(made.get("additionalProperties") or {})
     inner, count = _work(made.get("items") or {}), max(made.get("minItems", 0), made.get("maxItems", 0))
     return total + (count * max(1, inner) if count else inner)
-
-
-def _repeats(pattern: str) -> int:
-    """Return the sum of the counts in a pattern, those of groups multiplied with what they have inside."""
-    groups, last = [0], 0
-    for piece in _PIECE.finditer(pattern):
-        if piece[0] == "(":
-            groups.append(0)
-            last = 0
-        elif piece[0] == ")" and len(groups) > 1:
-            last = groups.pop()
-            groups[-1] += last
-        elif piece[1]:
-            groups[-1] += max(last, int(piece[2] or piece[1]) * max(1, last)) - last
-            last = 0
-        else:
-            last = 0
-    return sum(groups)
-
-
-def _check_pattern(made: dict[str, Any]) -> None:
-    pattern = made["pattern"]
-    if not isinstance(pattern, str) or len(pattern) > MAX_PATTERN or any(n in made for n in ("minLength", "maxLength")):
-        raise RequestInvalid(
-            f"'pattern' must be a text of at most {MAX_PATTERN} characters, without 'minLength' or 'maxLength'"
-        )
-    counts = [int(high or low) for low, high in _REPEAT.findall(pattern)]
-    bare = _ATOM.sub("x", pattern).removeprefix("^").removesuffix("$")
-    # The compiler takes "{1, 9}" and digits of other scripts for counts, or for none: neither is let through.
-    plain = _PATTERN.fullmatch(pattern) and not set("^$") & set(bare) and not _DOUBLE.search(bare)
-    plain = plain and "{" not in _REPEAT.sub("", bare)
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        plain = None
-    if not plain or math.prod(counts) > MAX_COUNT or "format" in made:
-        raise RequestInvalid(
-            f"'pattern' has a construct that cannot be enforced here, or counts whose product is above {MAX_COUNT}",
-            hint="letters, classes, groups, alternatives and counts are supported, anchors at both ends only",
-        )

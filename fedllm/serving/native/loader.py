@@ -16,6 +16,7 @@ from fedllm.adapter import AdapterState, module_path
 from fedllm.errors import AdapterInvalid, BaseMismatch, BaseUnsupported, ConfigError
 from fedllm.ids import Digest
 from fedllm.serving.native.families import LlamaConfig, read_config
+from fedllm.serving.native.linear import Linear, new_linear
 from fedllm.serving.native.model import GROUPS, LayerWeights, LlamaWeights
 
 __all__ = ["LayerFactors", "PackedAdapter", "choose_dtype", "load_weights", "pack_adapter", "read_config"]
@@ -70,7 +71,7 @@ def load_weights(folder: Path, config: LlamaConfig, *, dtype: torch.dtype, devic
         unused = sorted(name for name in reader.left if not name.endswith(_COMPUTED))
         if unused:
             raise BaseUnsupported(f"tensor {unused[0]} in {folder} is not one that config.json lets this engine use")
-    return LlamaWeights(embedding, layers, norm, head)
+    return LlamaWeights(embedding, layers, norm, new_linear(head))
 
 
 _INDEX = "model.safetensors.index.json"
@@ -81,14 +82,12 @@ _DISK_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _load_layer(reader: _Reader, config: LlamaConfig, layer: int) -> LayerWeights:
-    def joined(modules: tuple[str, ...]) -> Tensor:
+    def joined(modules: tuple[str, ...]) -> Linear:
         parts = [reader.take(module_path(layer, m) + ".weight", config.projection_shape(m)) for m in modules]
-        return torch.cat(parts).T.contiguous()
-
-    def biases(modules: tuple[str, ...]) -> Tensor:
-        return torch.cat(
-            [reader.take(module_path(layer, m) + ".bias", config.projection_shape(m)[:1]) for m in modules]
-        )
+        if not config.has_bias(modules[0]):
+            return new_linear(torch.cat(parts))
+        biases = [reader.take(module_path(layer, m) + ".bias", config.projection_shape(m)[:1]) for m in modules]
+        return new_linear(torch.cat(parts), torch.cat(biases))
 
     prefix = f"model.layers.{layer}."
     heads = (config.num_attention_heads, config.num_key_value_heads)
@@ -100,7 +99,6 @@ def _load_layer(reader: _Reader, config: LlamaConfig, layer: int) -> LayerWeight
         input_norm=reader.take(prefix + "input_layernorm.weight", (config.hidden_size,)),
         post_norm=reader.take(prefix + "post_attention_layernorm.weight", (config.hidden_size,)),
         linears={group: joined(modules) for group, modules in GROUPS.items()},
-        biases={group: biases(modules) for group, modules in GROUPS.items() if config.has_bias(modules[0])},
         qk_norm_NH=qk_norm,
     )
 

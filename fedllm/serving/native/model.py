@@ -8,7 +8,7 @@ weights.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the field's usual name
@@ -17,6 +17,7 @@ from torch import Tensor
 from fedllm.kernels import LoraStack, Plan, lora_apply, new_stack
 from fedllm.kernels.attention import DecodePlan, DecodeShape, new_decoder, paged_decode
 from fedllm.serving.native.families import LlamaConfig
+from fedllm.serving.native.linear import Linear
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -29,16 +30,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer: two norms and four fused linears, each weight ``(in, out)``, biases where the family has them.
+    """One layer: two norms and four fused linears.
 
-    That is transposed: a CPU multiplies the few rows of a decode step by it up to a third faster. The norms of
-    queries and keys are repeated by head, so that one product serves both.
+    The norms of queries and keys are repeated by head, so that one product serves both.
     """
 
     input_norm: Tensor
     post_norm: Tensor
-    linears: dict[str, Tensor]
-    biases: dict[str, Tensor] = field(default_factory=dict)
+    linears: dict[str, Linear]
     qk_norm_NH: Tensor | None = None  # noqa: N815
 
 
@@ -49,7 +48,7 @@ class LlamaWeights:
     embedding: Tensor
     layers: tuple[LayerWeights, ...]
     norm: Tensor
-    head: Tensor
+    head: Linear
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ class LlamaModel:
             h_TD = F.rms_norm(x_TD, width, layer.post_norm, eps)
             x_TD = x_TD + self._mlp(index, layer, h_TD, step)
         x_RD = F.rms_norm(x_TD.index_select(0, step.logit_rows), width, self.weights.norm, eps)
-        return F.linear(x_RD, self.weights.head)
+        return self.weights.head(x_RD)
 
     def clear_blocks(self, blocks: list[int]) -> None:
         """Zero cache blocks before another sequence gets them.
@@ -176,8 +175,7 @@ class LlamaModel:
         self.cache.index_fill_(2, torch.tensor(blocks, device=self.device), 0)
 
     def _linear(self, index: int, layer: LayerWeights, group: str, x_TD: Tensor, step: StepInput) -> Tensor:
-        weight, bias = layer.linears[group], layer.biases.get(group)
-        y_TO = torch.mm(x_TD, weight) if bias is None else torch.addmm(bias, x_TD, weight)
+        y_TO = layer.linears[group](x_TD)
         lora_apply(y_TO, x_TD, self.lora[index][group], step.lora)
         return y_TO
 

@@ -56,10 +56,12 @@ def test_counted_bytes_are_those_of_the_tensors(tmp_path: Path, case: str) -> No
     make_family(tmp_path, case)
     model = HandDriven(tmp_path).model
     weights = model.weights
-    tensors = {id(t): t for t in (weights.embedding, weights.head, weights.norm)}
+    head = [] if model.config.tied else [weights.head.weight]
+    tensors = {id(t): t for t in (weights.embedding, weights.norm, *head)}
     for layer in weights.layers:
-        parts = [layer.input_norm, layer.post_norm, *layer.linears.values(), *layer.biases.values()]
-        tensors |= {id(t): t for t in [*parts, *([layer.qk_norm_NH] if layer.qk_norm_NH is not None else [])]}
+        parts = [layer.input_norm, layer.post_norm, layer.qk_norm_NH]
+        parts += [t for linear in layer.linears.values() for t in (linear.weight, linear.bias)]
+        tensors |= {id(t): t for t in parts if t is not None}
     assert sum(t.numel() for t in tensors.values()) * 4 == weight_bytes(model.config, 4)
     stacks = [stack for layer in model.lora for stack in layer.values()]
     factors = sum(s.a_SPRD.numel() + sum(b.numel() for b in s.b_PSRO) for s in stacks)
