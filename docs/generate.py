@@ -45,6 +45,7 @@ def configuration_page() -> str:
         ("federation.NAME", "`<home>/fedllm.toml`", config.FederationSettings),
         ("client", "`<home>/client.toml`", config.ClientSettings),
         ("serve", "`serve.toml`", config.ServeSettings),
+        ("route", "`route.toml`", config.RouteSettings),
     ]
     text = (
         "# Configuration\n\nFlags win over `FEDLLM_<SECTION>_<KEY>` variables, those over TOML, that over defaults; "

@@ -133,6 +133,38 @@ class ServeSettings:
     threads: int = _key("CPU threads of the engine", 1)
     device: str = _key("cpu or cuda", "cpu")
     dtype: str = _key("bfloat16 or float32", "bfloat16")
+    admin_host: str = _key("address of the admin listener: whole metrics, usage, /autoscale", "127.0.0.1")
+    admin_port: int = _key("port of the admin listener; 0: none", 0)
+    usage: str = _key("SQLite file, or SQLAlchemy URL, of usage records; empty: none are kept", "")
+    prompt_log: str = _key("folder of the prompt logs of tenants who opted in; empty: nothing is ever logged", "")
+    traces: str = _key("OTLP/HTTP address that traces are sent to; empty: requests are not traced", "")
+    observations_token: str = _key("file with the token to report to the coordinator with; empty: no reports", "")
+    ttft_objective_s: float = _key("seconds to the first token that /autoscale plans for", 1.0)
+
+
+@dataclass(frozen=True)
+class RouteSettings:
+    """``[route]``: one router process before several replicas."""
+
+    replicas: Path = _key("TOML file of the replicas: address, kind and key file of each")
+    registry: str = _key("URL of the coordinator, or a shared registry folder")
+    coordinator_key: str = _key("pinned public key that manifests must be signed with")
+    tenants: Path = _key("TOML file of tenants and hashed keys")
+    base_name: str = _key("model id of the base, the name of its folder at the replicas")
+    host: str = _key("address the OpenAI API listens on", "127.0.0.1")
+    port: int = _key("port of the OpenAI API", 8080)
+    admin_host: str = _key("address of the admin listener: whole metrics, usage, replicas, /autoscale", "127.0.0.1")
+    admin_port: int = _key("port of the admin listener; 0: none", 0)
+    usage: str = _key("SQLite file, or SQLAlchemy URL, of usage records; empty: none are kept", "")
+    prompt_log: str = _key("folder of the prompt logs of tenants who opted in; empty: nothing is ever logged", "")
+    traces: str = _key("OTLP/HTTP address that traces are sent to; empty: requests are not traced", "")
+    observations_token: str = _key("file with the token to report to the coordinator with; empty: no reports", "")
+    ttft_objective_s: float = _key("seconds to the first token that in-flight limits adapt to", 1.0)
+    max_in_flight: int = _key("requests in flight at one replica at most", 32)
+    max_waiting: int = _key("requests queued before 429", 256)
+    wait_s: float = _key("seconds a request waits for a replica before 503", 30.0)
+    health_s: float = _key("seconds between two looks at a replica's health", 1.0)
+    predictions_mb: int = _key("answers at temperature 0 kept for their own tenant, MiB; 0: none", 0)
 
 
 @dataclass(frozen=True)

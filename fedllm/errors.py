@@ -211,6 +211,26 @@ class Overloaded(NotReady):
         self.retry_after_s = retry_after_s
 
 
+class QuotaExceeded(Overloaded):
+    """A tenant has used up a limit of its own; nobody else is concerned.
+
+    Parameters
+    ----------
+    message : str
+        The limit's name, what was found and what is allowed.
+    limit : str
+        Name of the limit, as the tenants file has it.
+    retry_after_s : float
+        Seconds after which the same request would pass, if nothing else is asked until then.
+    """
+
+    code = "quota-exceeded"
+
+    def __init__(self, message: str, *, limit: str, retry_after_s: float, hint: str | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s, hint=hint)
+        self.limit = limit
+
+
 class ProtocolError(FedllmError):
     """A peer broke the round protocol."""
 

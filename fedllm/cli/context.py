@@ -13,6 +13,7 @@ from fedllm.config import (
     ClientSettings,
     CoordinatorSettings,
     FederationSettings,
+    RouteSettings,
     ServeSettings,
     Sourced,
     read_toml,
@@ -93,6 +94,13 @@ def serve_settings(file: Path | None, flags: dict[str, Any]) -> tuple[ServeSetti
     table = _tables(file, "serve").get("serve", {}) if file else {}
     folder = file.absolute().parent if file else None
     return settle(ServeSettings, "serve", table=table, environ=os.environ, flags=flags, folder=folder)
+
+
+def route_settings(file: Path | None, flags: dict[str, Any]) -> tuple[RouteSettings, list[Sourced]]:
+    """Read an optional route.toml under flags."""
+    table = _tables(file, "route").get("route", {}) if file else {}
+    folder = file.absolute().parent if file else None
+    return settle(RouteSettings, "route", table=table, environ=os.environ, flags=flags, folder=folder)
 
 
 def _tables(path: Path, *sections: str) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ PARTS = {
 _EVERYTHING = ",".join(PARTS)
 _PART_OF = {
     "adapter": "coordinator", "coordinator": "coordinator", "round": "coordinator", "serve": "serve",
-    "tenant": "serve", "demo": _EVERYTHING,
+    "tenant": "serve", "route": "serve", "usage": "serve", "demo": _EVERYTHING,
 }  # fmt: skip
 
 
