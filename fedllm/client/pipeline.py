@@ -1,8 +1,9 @@
-"""From a trained adapter to the masked vector that leaves: the one place where privacy and aggregation meet.
+"""From a trained adapter to the masked vector that leaves: the one place where an update meets privacy and aggregation.
 
 trained state -> method's update (local minus global) -> times the owner's weight -> fixed point on the ring ->
 masks; or, where the unit is an owner: update -> clipped to integers -> plus this owner's share of the noise -> masks.
-Everything before the last step stays in this process and has no wire form.
+Everything before the last step stays in this process and has no wire form. `fedllm.client.limits` imports both too, to
+hold a plan's numbers against each other; no update comes there.
 """
 
 from __future__ import annotations

@@ -22,14 +22,7 @@ def apply(y_TO: Tensor, x_TD: Tensor, stack: LoraStack, plan: triton_plan.Plan) 
     projections, width_in = len(stack.b_PSRO), x_TD.shape[1]
     cut = tuning.decode(width_in, stack.max_rank, plan.rows, projections, processors=plan.processors)
     h_NPCR = triton_plan.workspace(plan.rows, stack, cut.parts)
-    shared = {
-        "PROJECTIONS": projections,
-        "PARTS": cut.parts,
-        "MAX_RANK": stack.max_rank,
-        "BLOCK_RANK": cut.block_rank,
-        "num_warps": tuning.WARPS,
-        "enable_fp_fusion": True,  # Triton's default is about to change
-    }
+    shared = {**triton_plan.constants(stack, cut.block_rank), "PARTS": cut.parts}
     _shrink[(plan.rows, projections, cut.splits)](
         x_TD,
         stack.a_SPRD,
@@ -44,8 +37,8 @@ def apply(y_TO: Tensor, x_TD: Tensor, stack: LoraStack, plan: triton_plan.Plan) 
         BLOCK_IN=cut.block_in,
         **shared,
     )
-    tiles = [triton.cdiv(width, cut.block_out) for width in stack.widths]
-    _expand[(plan.rows, sum(tiles))](
+    tiles = triton_plan.output_tiles(stack.widths, cut.block_out)
+    _expand[(plan.rows, tiles["FIRST_TILES"][-1])](
         y_TO,
         stack.b_PSRO,
         stack.ranks_S,
@@ -53,11 +46,9 @@ def apply(y_TO: Tensor, x_TD: Tensor, stack: LoraStack, plan: triton_plan.Plan) 
         h_NPCR,
         y_TO.stride(0),
         plan.max_rows,
-        WIDTHS=stack.widths,
-        STARTS=tuple(sum(stack.widths[:p]) for p in range(projections)),
-        FIRST_TILES=tuple(sum(tiles[:p]) for p in range(projections + 1)),
         PARTS_PADDED=triton.next_power_of_2(cut.parts),
         BLOCK_OUT=cut.block_out,
+        **tiles,
         **shared,
     )
 

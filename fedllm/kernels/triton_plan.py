@@ -9,8 +9,10 @@ tile. Rows are the adapted tokens sorted by slot; a tile is a run of rows of one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -174,6 +176,40 @@ def workspace(rows: int, stack: LoraStack, parts: int) -> Tensor:
     """
     shape = (rows, len(stack.b_PSRO), parts, stack.max_rank)
     return torch.empty(shape, dtype=torch.float32, device=stack.a_SPRD.device)
+
+
+def constants(stack: LoraStack, block_rank: int) -> dict[str, int | bool]:
+    """Return the compile-time arguments that every launch over a stack has, Triton's own options among them."""
+    return {
+        "PROJECTIONS": len(stack.b_PSRO),
+        "MAX_RANK": stack.max_rank,
+        "BLOCK_RANK": block_rank,
+        "num_warps": tuning.WARPS,
+        "enable_fp_fusion": True,  # Triton's default is about to change
+    }
+
+
+def output_tiles(widths: Sequence[int], block_out: int) -> dict[str, tuple[int, ...]]:
+    """Return how one launch covers the outputs of all projections, as compile-time arguments.
+
+    Parameters
+    ----------
+    widths : Sequence[int]
+        Outputs of each projection.
+    block_out : int
+        Outputs of a tile; no tile has outputs of two projections.
+
+    Returns
+    -------
+    dict
+        ``WIDTHS``; ``STARTS``, each projection's first column in y; ``FIRST_TILES``, its first tile, and last the
+        number of all tiles.
+    """
+    return {
+        "WIDTHS": tuple(widths),
+        "STARTS": tuple(accumulate(widths[:-1], initial=0)),
+        "FIRST_TILES": tuple(accumulate((-(-width // block_out) for width in widths), initial=0)),
+    }
 
 
 @lru_cache

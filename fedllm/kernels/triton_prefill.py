@@ -22,15 +22,11 @@ def apply(y_TO: Tensor, x_TD: Tensor, stack: LoraStack, plan: triton_plan.Plan) 
     cut = tuning.prefill(width_in, stack.max_rank, plan.tiles, projections, processors=plan.processors)
     h_NPCR = triton_plan.workspace(plan.rows, stack, cut.splits)
     shared = {
-        "PROJECTIONS": projections,
+        **triton_plan.constants(stack, cut.block_rank),
         "SPLITS": cut.splits,
-        "MAX_RANK": stack.max_rank,
         "BLOCK_ROWS": plan.block_rows,
-        "BLOCK_RANK": cut.block_rank,
         # The interpreter multiplies bfloat16 as integers; float32 holds the same values.
         "UPCAST": x_TD.device.type == "cpu",
-        "num_warps": tuning.WARPS,
-        "enable_fp_fusion": True,  # Triton's default is about to change
     }
     _shrink[(plan.tiles, projections, cut.splits)](
         x_TD,
@@ -46,8 +42,8 @@ def apply(y_TO: Tensor, x_TD: Tensor, stack: LoraStack, plan: triton_plan.Plan) 
         BLOCK_IN=cut.block_in,
         **shared,
     )
-    tiles = [triton.cdiv(width, cut.block_out) for width in stack.widths]
-    _expand[(plan.tiles, sum(tiles))](
+    tiles = triton_plan.output_tiles(stack.widths, cut.block_out)
+    _expand[(plan.tiles, tiles["FIRST_TILES"][-1])](
         y_TO,
         stack.b_PSRO,
         stack.ranks_S,
@@ -56,10 +52,8 @@ def apply(y_TO: Tensor, x_TD: Tensor, stack: LoraStack, plan: triton_plan.Plan) 
         y_TO.stride(0),
         plan.max_rows,
         plan.max_tiles,
-        WIDTHS=stack.widths,
-        STARTS=tuple(sum(stack.widths[:p]) for p in range(projections)),
-        FIRST_TILES=tuple(sum(tiles[:p]) for p in range(projections + 1)),
         BLOCK_OUT=cut.block_out,
+        **tiles,
         **shared,
     )
 

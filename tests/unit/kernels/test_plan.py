@@ -73,3 +73,23 @@ def test_ranks_on_the_device_follow_the_slots() -> None:
     kernels.write_slot(stack, 2, [], 0, 0.0)
     assert stack.ranks_S.tolist() == stack.ranks == [0, 3, 0]
     assert stack.ranks_S.numpy().dtype == np.int32
+
+
+@given(widths=st.lists(st.integers(1, 300), min_size=1, max_size=4), block=st.sampled_from([16, 32, 64]))
+def test_a_launch_covers_every_output_of_every_projection_once(widths: list[int], block: int) -> None:
+    """Tiles of a projection begin where those of the one before end, and none has outputs of two."""
+    tiles = triton_plan.output_tiles(widths, block)
+    covered = []
+    for number, width in enumerate(widths):
+        count = tiles["FIRST_TILES"][number + 1] - tiles["FIRST_TILES"][number]
+        columns = [tiles["STARTS"][number] + c for c in range(count * block) if c < width]
+        assert (count - 1) * block < width <= count * block
+        covered += columns
+    assert covered == list(range(sum(widths)))
+    assert tiles["WIDTHS"] == tuple(widths)
+
+
+def test_tiles_of_the_usual_projections_are_known() -> None:
+    """Queries, keys and values of SmolLM2 at 64 outputs a tile."""
+    known = {"WIDTHS": (576, 192, 192), "STARTS": (0, 576, 768), "FIRST_TILES": (0, 9, 12, 15)}
+    assert triton_plan.output_tiles((576, 192, 192), 64) == known
