@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import tiny
 from numpy.typing import NDArray
+from patience import PATIENCE_S
 from round_world import World
 
 from fedllm import wire
@@ -339,7 +340,7 @@ async def _flower(
             nodes[owner] = app._relay_processes(settings, probe([folder, captured.data[owner]]), clock)
             for process in nodes[owner]:
                 process.start()
-        async with asyncio.timeout(60.0):
+        async with asyncio.timeout(PATIENCE_S):
             while len(await carrier.nodes()) < len(OWNERS):
                 await clock.sleep(0.2)
         yield carrier, nodes
@@ -375,7 +376,7 @@ def _what_it_can_open(captured: CapturedRound, owner: str, processes: tuple[Supe
     for process in processes:
         command = process._argv[: process._argv.index("--") + 1] if "--" in process._argv else []
         command = [*command, sys.executable, "-I", "-S", "-c", code, *map(str, files)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE_S)
         found |= {f"{process.name} {Path(p).name}": what for p, what in json.loads(done.stdout).items()}
         for pid in descendants(process.pid or 0):
             status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from patience import PATIENCE_S
+
 from fedllm.cli import main
 
 Files = dict[str, bytes]
@@ -65,7 +67,7 @@ def process(*arguments: object, first: str = "", before: Callable[[], None] | No
     program = f"{first}\nimport sys\nfrom fedllm.cli import main\nsys.argv[0] = 'fedllm'\nmain()"
     done = subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
-        capture_output=True, text=True, check=False, timeout=60, preexec_fn=before,
+        capture_output=True, text=True, check=False, timeout=PATIENCE_S, preexec_fn=before,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     return Said(done.returncode, done.stdout, done.stderr)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from cli.command_line import fedllm, files, process
 from cli.conftest import Scene
+from patience import PATIENCE_S
 
 KEPT = {"coordinator.lock"}
 """An empty file that outlives the coordinator on purpose: it is what two coordinators on one home meet at."""
@@ -113,7 +114,7 @@ def test_ctrl_c_exits_130_and_says_nothing_ugly(scene: Scene) -> None:
         # whoever runs the tests in the background of a shell has SIGINT ignored, and children inherit that
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import time, fedllm.cli.context as c, sys\n"
-        "def wait(*a, **k):\n    print('waiting', file=sys.stderr, flush=True); time.sleep(30)\n"
+        "def wait(*a, **k):\n    print('waiting', file=sys.stderr, flush=True); time.sleep(100)\n"
         "c.ControlApi.call = wait\nfrom fedllm.cli import main\nmain()"
     )
     command = [sys.executable, "-c", waiting, "round", "list", "--home", str(scene.home)]
@@ -121,7 +122,7 @@ def test_ctrl_c_exits_130_and_says_nothing_ugly(scene: Scene) -> None:
         assert child.stderr is not None
         assert child.stderr.readline() == "waiting\n"
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=20)
+        out, err = child.communicate(timeout=PATIENCE_S)
     assert (child.returncode, out, err) == (130, "", "")
 
 
@@ -139,5 +140,5 @@ def test_version_takes_less_than_a_second_of_processor_time(tmp_path: Path) -> N
 def test_a_closed_pipe_is_not_an_error_message(scene: Scene) -> None:
     """`fedllm client policy show | true` prints no traceback."""
     command = f"{sys.executable} -m fedllm client policy show --home {scene.owner('east')} | true"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert "Traceback" not in done.stderr, done.stderr

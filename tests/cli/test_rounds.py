@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 from cli.command_line import Said, fedllm
 from cli.conftest import OWNERS, Scene
+from patience import PATIENCE_S
 
 from fedllm import wire
 from fedllm.client.daemon import Daemon
@@ -85,12 +87,12 @@ class Owners:
         thread = threading.Thread(target=self._loop.run_forever)
         thread.start()
         try:
-            asyncio.run_coroutine_threadsafe(serve(), self._loop).result(20)
+            asyncio.run_coroutine_threadsafe(serve(), self._loop).result(PATIENCE_S)
             yield
         finally:
-            asyncio.run_coroutine_threadsafe(stop(), self._loop).result(20)
+            asyncio.run_coroutine_threadsafe(stop(), self._loop).result(PATIENCE_S)
             self._loop.call_soon_threadsafe(self._loop.stop)
-            thread.join(20)
+            thread.join(PATIENCE_S)
             self._loop.close()
 
 
@@ -118,17 +120,18 @@ def running(scene: Scene, owners: Owners) -> Iterator[None]:
             yield
         finally:
             child.send_signal(signal.SIGTERM)
-            assert child.wait(20) == 0
+            assert child.wait(PATIENCE_S) == 0
 
 
 def _until_up(scene: Scene, child: subprocess.Popen[bytes]) -> None:
-    for _ in range(200):
+    until_s = time.monotonic() + PATIENCE_S
+    while True:
         said = fedllm("coordinator", "status", "--home", scene.home, "--json")
         if said.exit_code == 0 and all(o["connected"] for o in said.json()["federations"][0]["owners"]):
             return
         assert child.poll() is None, (scene.root / "coordinator.log").read_text()
-        threading.Event().wait(0.1)
-    raise AssertionError(said)
+        assert time.monotonic() < until_s, said
+        time.sleep(0.1)
 
 
 def _run(scene: Scene, *more: object) -> Said:

@@ -13,6 +13,7 @@ import grpc.aio
 import pytest
 from malicious.removals import cut
 from malicious.scene import EAST, begin, plan, verdict
+from patience import PATIENCE_S
 from unit.client.owner_fakes import daemon, opened, sealed
 
 from fedllm.client.daemon import Daemon
@@ -44,14 +45,14 @@ async def said(channel: grpc.aio.Channel, data: bytes) -> str:
 
 async def body_of(channel: grpc.aio.Channel, data: bytes) -> Body:
     """Deliver bytes over the socket; return the answer, verified as the owner's."""
-    reply: Reply = await deliver_over(channel, data, timeout_s=20)
+    reply: Reply = await deliver_over(channel, data, timeout_s=PATIENCE_S)
     assert reply.parts == ()
     return opened(reply, EAST)
 
 
 async def still_there(channel: grpc.aio.Channel) -> None:
     """Check that an honest request is answered."""
-    assert await asyncio.wait_for(said(channel, HONEST), 10) == "HelloReply"
+    assert await asyncio.wait_for(said(channel, HONEST), PATIENCE_S) == "HelloReply"
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_what_is_not_even_grpc_ends_its_own_connection_only(tmp_path: Path, raw:
             reader, writer = await asyncio.open_unix_connection(server.path)
             writer.write(raw)
             try:
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(PATIENCE_S):
                     await writer.drain()
                     while await reader.read(4096):
                         pass

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE_S
 from protocol.kill_walk_child import EARLIER, NORTH, SCENARIOS, MarkedTrainer, Scenario
 from unit.client.owner_fakes import IDENTITIES, daemon, opened
 
@@ -69,7 +70,7 @@ class Warm:
         """End it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(PATIENCE_S)
         assert self._process.stdout is not None
         self._process.stdout.close()
         self._log.close()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from patience import NEVER_S, PATIENCE_S
 from round_world import OWNERS, Agent, kind_of
 
 from fedllm.identity import Roster, SigningIdentity
@@ -24,11 +25,13 @@ import json, sys
 from pathlib import Path
 from fedllm.config import CoordinatorSettings, FederationSettings
 from fedllm.errors import FedllmError
+from fedllm.server import api
 from fedllm.server.app import run
+api.MAX_WAIT_S = 300.0
 home, port, base, sockets = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), json.loads(sys.argv[4])
 federation = FederationSettings(
     name="tools", base=base, alias="acme/tools", rank=2, alpha=4, last_layers=1, target_modules=("q_proj",),
-    transport="local", sockets=sockets, privacy=False, clip_range=1.0, phase_deadline_s=10.0, train_deadline_s=20.0,
+    transport="local", sockets=sockets, privacy=False, clip_range=1.0, phase_deadline_s=120.0, train_deadline_s=120.0,
     declared_records=dict.fromkeys(sockets, 10),
 )
 try:
@@ -59,7 +62,7 @@ class House:
         self.agents = {str(o): Agent(o, k, self.roster, self.identity.public, polls=1) for o, k in keys.items()}
         self.sockets = {o: str(root / f"{o}.sock") for o in OWNERS}
         self.on_request: Callable[[str, str], None] = lambda _owner, _kind: None
-        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=10.0)
+        self.client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{self.port}", trust_env=False, timeout=PATIENCE_S)
 
     def deliver(self, owner: str) -> Callable[[bytes], Awaitable[bytes]]:
         """Return the handler of one owner's socket."""
@@ -83,7 +86,7 @@ class House:
 
     async def until_up(self) -> None:
         """Wait until the API answers."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 try:
                     await self.client.get("/health")
@@ -94,7 +97,7 @@ class House:
 
     async def until_ended(self, rounds: int) -> list[dict[str, object]]:
         """Wait until so many rounds have ended."""
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(PATIENCE_S):
             while True:
                 answer = await self.client.get("/v1/federations/tools/rounds", headers=self.control())
                 found = answer.json()["rounds"]
@@ -135,10 +138,10 @@ def test_kill_and_restart_in_mid_round(tmp_path: Path, tiny_base: Path) -> None:
         second_process = await house.start(free_port())
         _, stderr = await second_process.communicate()
         assert (second_process.returncode, stderr.decode().split()[-1]) == (2, "config")
-        poll = asyncio.create_task(source.aliases(99, 30.0))
+        poll = asyncio.create_task(source.aliases(99, NEVER_S))
         await asyncio.sleep(0.2)
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(PATIENCE_S):
             assert await process.wait() == 0
         await asyncio.gather(poll, return_exceptions=True)
         for server in servers:

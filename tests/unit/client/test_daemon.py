@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from patience import NEVER_S, PATIENCE_S
 from unit.client.owner_fakes import (
     DP,
     HEAD,
@@ -324,7 +325,7 @@ def test_training_does_not_hold_up_the_line(tmp_path: Path) -> None:
 
     class Slow(ToyTrainer):
         def fit(self, *arguments: Any, **named: Any) -> Any:
-            release.wait(10)
+            release.wait(NEVER_S)
             return super().fit(*arguments, **named)
 
     async def scenario() -> tuple[Body, Body]:
@@ -334,10 +335,9 @@ def test_training_does_not_hold_up_the_line(tmp_path: Path) -> None:
         pending = opened(await north.handle(fetch), "north")
         release.set()
         reply = pending
-        for _ in range(100):
-            reply = opened(await north.handle(fetch), "north")
-            if not isinstance(reply, Pending):
-                break
+        async with asyncio.timeout(PATIENCE_S):
+            while isinstance(reply, Pending):
+                reply = opened(await north.handle(fetch), "north")
         await north.close()
         return pending, reply
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from fedllm.client.sandbox import EXIT_UNRESTRICTED, confined, probe, python_reads
 
@@ -17,7 +18,7 @@ needs_landlock = pytest.mark.skipif(probe().kind != "landlock", reason="this ker
 def _run(code: str, *arguments: str | Path, write: Path) -> subprocess.CompletedProcess[str]:
     argv = [sys.executable, "-c", code, *map(str, arguments)]
     command = confined(argv, read=python_reads(), write=[write])
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=write, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=write, timeout=PATIENCE_S)
 
 
 @pytest.fixture
@@ -82,7 +83,7 @@ def test_a_confined_child_reaches_the_daemons_socket(tmp_path: Path, run_dir: Pa
 def test_a_program_that_does_not_exist_is_not_taken_for_a_started_one(run_dir: Path) -> None:
     """The launcher fails with its own code and a sentence."""
     command = confined(["/no/such/program"], read=python_reads(), write=[run_dir])
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE_S)
     assert done.returncode == EXIT_UNRESTRICTED
     assert "not started" in done.stderr
 

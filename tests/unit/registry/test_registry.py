@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import NEVER_S, PATIENCE_S
 
 from fedllm import wire
 from fedllm.adapter import AdapterSpec, AdapterState, from_peft
@@ -193,12 +194,12 @@ def test_waiting_for_an_epoch_ends_with_the_move(registry: Registry) -> None:
 
     async def scenario() -> None:
         version = registry.add(state(1), draft(1), KEY)
-        waiter = asyncio.create_task(registry.aliases_after(0, 30.0))
+        waiter = asyncio.create_task(registry.aliases_after(0, NEVER_S))
         await asyncio.sleep(0)
         registry.promote(ALIAS, version.digest, expected=None, actor="gate", reason="first")
-        assert (await asyncio.wait_for(waiter, 1.0)).epoch == 1
+        assert (await asyncio.wait_for(waiter, PATIENCE_S)).epoch == 1
         assert (await registry.aliases_after(1, 0.01)).epoch == 1
-        assert (await registry.aliases_after(0, 30.0)).epoch == 1
+        assert (await asyncio.wait_for(registry.aliases_after(0, NEVER_S), PATIENCE_S)).epoch == 1
 
     asyncio.run(scenario())
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from patience import PATIENCE_S
 
 from fedllm.clock import SystemClock
 from fedllm.relay import dial
@@ -85,11 +86,11 @@ class Scene:
 
     async def here(self, *names: str) -> None:
         """Wait until exactly these are connected."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while await self.carrier.nodes() != tuple(sorted(map(self.node, names))):  # noqa: ASYNC110 - of others' making
                 await asyncio.sleep(0.02)
 
-    async def ask(self, *names: str, data: bytes = b"ask", deadline_s: float = 20.0) -> dict[str, Reply]:
+    async def ask(self, *names: str, data: bytes = b"ask", deadline_s: float = PATIENCE_S) -> dict[str, Reply]:
         """Send the same to these owners; return replies by name."""
         nodes = {self.node(name): name for name in names}
         async with aclosing(self.carrier.exchange(dict.fromkeys(nodes, data), deadline_s=deadline_s)) as replies:
@@ -140,7 +141,7 @@ async def asked(call: Any) -> tuple[str, bytes]:
     return header["tag"], data
 
 
-def play(root: Path, story: Callable[[Scene], Awaitable[None]], *, within_s: float = 60.0) -> None:
+def play(root: Path, story: Callable[[Scene], Awaitable[None]], *, within_s: float = 2 * PATIENCE_S) -> None:
     """Run a story with a listening carrier; nothing is left of it."""
 
     async def whole() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from patience import NEVER_S, PATIENCE_S
 from unit.relay.direct_scene import CLOCK, MIB, Scene, asked, echo, greeted, play
 
 from fedllm.errors import PeerUnavailable
@@ -18,7 +19,8 @@ from fedllm.relay import dial, direct
 from fedllm.relay.carrier import Reply
 from fedllm.relay.service import pack_frame
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(3 * PATIENCE_S), pytest.mark.usefixtures("unhurried")]
+_SHIPPED_PATIENCE_S = direct.PATIENCE_S
 
 
 def test_heads_and_parts_pass_unchanged(root: Path) -> None:
@@ -74,7 +76,7 @@ def test_what_is_pending_is_asked_again_when_the_owner_is_back(root: Path) -> No
         heard.append(data)
         if len(heard) == 1:
             first.set()
-            await asyncio.sleep(60)
+            await asyncio.sleep(NEVER_S)
         return Reply(b"answer", (b"part",))
 
     async def story(scene: Scene) -> None:
@@ -93,6 +95,7 @@ def test_what_is_pending_is_asked_again_when_the_owner_is_back(root: Path) -> No
 
 def test_owners_come_back_to_a_coordinator_that_was_away(root: Path) -> None:
     """The listener goes and comes again on its port; owners that were connected are soon there again."""
+    assert dial.LAST_PAUSE_S * 1.5 < _SHIPPED_PATIENCE_S  # the longest pause between two attempts
 
     async def story(scene: Scene) -> None:
         await scene.owner("east")
@@ -102,9 +105,7 @@ def test_owners_come_back_to_a_coordinator_that_was_away(root: Path) -> None:
             await scene.carrier.nodes()
         await asyncio.sleep(1)
         await scene.listen()
-        began = CLOCK.monotonic()
         await scene.here("east")
-        assert CLOCK.monotonic() - began < scene.carrier.patience_s
         assert await scene.ask("east") == {"east": Reply(b"ksa")}
 
     play(root, story)
@@ -121,7 +122,8 @@ def test_half_a_reply_is_thrown_away_and_asked_for_again(root: Path) -> None:
             tag, _ = await asked(call)
             await call.write(pack_frame({"op": "head", "tag": tag, "more": True}, b"old"))
             await call.write(pack_frame({"op": "part", "tag": tag}, b"old part"))
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.1)  # what can arrive of it, does
+        await scene.here()
         async with scene.line("east") as call:
             await greeted(call)
             again, data = await asked(call)
@@ -156,7 +158,7 @@ def test_vectors_come_one_at_a_time_and_the_others_are_stopped(root: Path) -> No
             await scene.here("east", "west")
             nodes = {scene.node(name): name for name in sent}
             seen = []
-            async with aclosing(scene.carrier.exchange(dict.fromkeys(nodes, b"ask"), deadline_s=30)) as replies:
+            async with aclosing(scene.carrier.exchange(dict.fromkeys(nodes, b"ask"), deadline_s=PATIENCE_S)) as replies:
                 async for node, reply in replies:
                     name = nodes[node]
                     seen.append(name)
@@ -164,7 +166,9 @@ def test_vectors_come_one_at_a_time_and_the_others_are_stopped(root: Path) -> No
                     other = "west" if name == "east" else "east"
                     if len(seen) == 1:
                         await asyncio.sleep(0.7)  # what could come, would
-                        assert sent[name] == 16 * MIB
+                        async with asyncio.timeout(PATIENCE_S):
+                            while sent[name] < 16 * MIB:  # noqa: ASYNC110 - its last write is about to return
+                                await asyncio.sleep(0.01)
                         assert sent[other] <= 2 * MIB
             assert sorted(seen) == ["east", "west"]
             await asyncio.gather(*pushing)
@@ -201,7 +205,7 @@ def test_a_reader_that_stops_early_leaves_the_streams_usable(root: Path) -> None
             await scene.owner(name, vector)
         await scene.here(*names)
         outbound = dict.fromkeys(map(scene.node, names), b"ask")
-        async with aclosing(scene.carrier.exchange(outbound, deadline_s=20)) as replies:
+        async with aclosing(scene.carrier.exchange(outbound, deadline_s=PATIENCE_S)) as replies:
             async for _ in replies:
                 break
         assert await scene.ask(*names) == dict.fromkeys(names, reply)
@@ -216,22 +220,26 @@ def test_the_deadline_ends_an_exchange_and_travels_to_the_owner(root: Path, caps
 
     async def slow(data: bytes) -> Reply:
         if late:
-            late.clear()
-            await asyncio.sleep(60)
+            await asyncio.sleep(NEVER_S)
         return Reply(data)
 
     async def story(scene: Scene) -> None:
         await scene.owner("east")
         await scene.owner("west", slow)
         await scene.here("east", "west")
-        began = CLOCK.monotonic()
-        assert set(await scene.ask("east", "west", deadline_s=1.0)) == {"east"}
-        assert 0.9 < CLOCK.monotonic() - began < 5
+        for deadline_s in (1.0, 5.0, 25.0):  # a machine that stands still may miss the first with both owners
+            began = CLOCK.monotonic()
+            heard = set(await scene.ask("east", "west", deadline_s=deadline_s))
+            assert CLOCK.monotonic() - began > 0.9 * deadline_s
+            if heard:
+                break
+        assert heard == {"east"}
         text = ""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while "no whole answer: DEADLINE_EXCEEDED" not in text:
                 text += capsys.readouterr().err
                 await asyncio.sleep(0.05)
+        late.clear()
         assert set(await scene.ask("east", "west")) == {"east", "west"}
         assert "lost" not in text
 
@@ -246,9 +254,8 @@ def test_an_owner_that_stays_away_is_given_up_before_the_deadline(root: Path, mo
         await scene.owner("east")
         await scene.here("east")
         scene.identity("away")
-        began = CLOCK.monotonic()
-        assert set(await scene.ask("east", "away", deadline_s=30)) == {"east"}
-        assert CLOCK.monotonic() - began < 5
+        asking = scene.ask("east", "away", deadline_s=NEVER_S)
+        assert set(await asyncio.wait_for(asking, PATIENCE_S)) == {"east"}
 
     play(root, story)
 
@@ -287,9 +294,8 @@ def test_a_daemon_that_is_not_there_is_said_to_be_away(root: Path, monkeypatch: 
         scene.dial("gone")
         await scene.owner("east", broken)
         await scene.here("gone", "east")
-        began = CLOCK.monotonic()
-        assert await scene.ask("gone", "east") == {}
-        assert CLOCK.monotonic() - began < 10
+        assert await asyncio.wait_for(scene.ask("gone", "east", deadline_s=NEVER_S), PATIENCE_S) == {}
+        monkeypatch.setattr(dial, "_DAEMON_GONE_S", PATIENCE_S)
         await scene.serve("gone", echo)
         assert await scene.ask("gone") == {"gone": Reply(b"ksa")}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+from contextlib import aclosing
 from pathlib import Path
 
 import grpc
@@ -15,6 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
+from patience import NEVER_S, PATIENCE_S
 from unit.relay.direct_scene import CLOCK, MIB, Scene, asked, greeted, play
 
 from fedllm.clock import FakeClock
@@ -23,7 +25,7 @@ from fedllm.relay.carrier import Reply
 from fedllm.relay.service import MAX_PART, pack_frame
 from fedllm.relay.tls import TlsIdentity
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(3 * PATIENCE_S), pytest.mark.usefixtures("unhurried")]
 
 
 def _issued_by(owner: TlsIdentity) -> TlsIdentity:
@@ -132,7 +134,7 @@ def test_nonsense_ends_the_stream_it_came_on_and_no_other(root: Path) -> None:
                 try:
                     for frame in frames:
                         await call.write(frame)
-                    async with asyncio.timeout(5):
+                    async with asyncio.timeout(PATIENCE_S):
                         while await call.read() is not grpc.aio.EOF:
                             pass
                 except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
@@ -153,8 +155,10 @@ def test_an_owner_that_stalls_in_its_vector_is_dropped_and_the_others_are_read(
 ) -> None:
     """A head that promises parts, and then silence: it loses its turn and its stream, and is not asked again."""
     monkeypatch.setattr(direct, "PART_S", 0.5)
+    dropped = asyncio.Event()
 
     async def vector(_data: bytes) -> Reply:
+        await dropped.wait()
         return Reply(b"v", (b"x",))
 
     async def story(scene: Scene) -> None:
@@ -163,12 +167,14 @@ def test_an_owner_that_stalls_in_its_vector_is_dropped_and_the_others_are_read(
         async with scene.line("stall") as call:
             await greeted(call)
             await scene.here("stall", "west")
-            asking = asyncio.create_task(scene.ask("stall", "west"))
+            asking = asyncio.create_task(scene.ask("stall", "west", deadline_s=NEVER_S))
             tag, _ = await asked(call)
             await call.write(pack_frame({"op": "head", "tag": tag, "more": True}, b"s"))
-            assert await asyncio.wait_for(asking, 10) == {"west": Reply(b"v", (b"x",))}
             with pytest.raises(grpc.aio.AioRpcError, match="too slow"):
                 await call.read()
+            monkeypatch.setattr(direct, "PART_S", PATIENCE_S)  # the honest one is not the one to be hurried
+            dropped.set()
+            assert await asyncio.wait_for(asking, PATIENCE_S) == {"west": Reply(b"v", (b"x",))}
 
     play(root, story)
 
@@ -176,8 +182,10 @@ def test_an_owner_that_stalls_in_its_vector_is_dropped_and_the_others_are_read(
 def test_a_count_without_end_is_cut_off(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No reply has more parts than the bound, however small they are."""
     monkeypatch.setattr(direct, "MAX_PARTS", 3)
+    asked_east: list[bytes] = []
 
-    async def many(_data: bytes) -> Reply:
+    async def many(data: bytes) -> Reply:
+        asked_east.append(data)
         return Reply(b"v", (b"x",) * 4)
 
     async def three(_data: bytes) -> Reply:
@@ -187,7 +195,17 @@ def test_a_count_without_end_is_cut_off(root: Path, monkeypatch: pytest.MonkeyPa
         await scene.owner("east", many)
         await scene.owner("west", three)
         await scene.here("east", "west")
-        assert await scene.ask("east", "west", deadline_s=2) == {"west": Reply(b"v", (b"x",) * 3)}
+        outbound = dict.fromkeys(map(scene.node, ("east", "west")), b"ask")
+        async with aclosing(scene.carrier.exchange(outbound, deadline_s=NEVER_S)) as replies:
+            assert await anext(replies) == (scene.node("west"), Reply(b"v", (b"x",) * 3))
+            more = asyncio.create_task(anext(replies))
+            async with asyncio.timeout(PATIENCE_S):
+                # each time it was cut off, and asked again on its next stream
+                while len(asked_east) < 4 and not more.done():  # noqa: ASYNC110 - set by the daemon
+                    await asyncio.sleep(0.01)
+            assert not more.done()
+            more.cancel()
+            await asyncio.gather(more, return_exceptions=True)
 
     play(root, story)
 
@@ -216,7 +234,7 @@ def test_a_dialler_lives_through_whatever_the_coordinator_sends(
 
     async def odd(_frames: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         if not left:
-            await asyncio.sleep(60)
+            await asyncio.sleep(NEVER_S)
         for frame in left.pop(next(iter(left))):
             if frame:
                 await context.write(frame)
@@ -225,7 +243,7 @@ def test_a_dialler_lives_through_whatever_the_coordinator_sends(
                 pass
 
     async def slow(_data: bytes) -> Reply:
-        await asyncio.sleep(60)
+        await asyncio.sleep(NEVER_S)
         raise AssertionError("given up before")
 
     async def story(scene: Scene) -> None:
@@ -242,7 +260,7 @@ def test_a_dialler_lives_through_whatever_the_coordinator_sends(
             await scene.serve("east", slow)
             scene.dial("east")
             text = ""
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(PATIENCE_S):
                 while left or "ended the stream" not in text:
                     text += capsys.readouterr().err
                     await asyncio.sleep(0.05)

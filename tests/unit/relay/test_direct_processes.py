@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import NEVER_S, PATIENCE_S
 from unit.relay.direct_scene import CLOCK, MIB, Scene, echo, play
 
 from fedllm.client.sandbox import confined, probe, python_reads
@@ -20,7 +21,7 @@ from fedllm.relay.node import dial_process, programs_dir
 from fedllm.relay.processes import Supervised
 from fedllm.relay.tls import TlsIdentity
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(3 * PATIENCE_S), pytest.mark.usefixtures("unhurried")]
 
 
 def test_the_log_says_in_words_what_is_wrong_and_nothing_of_the_payload(
@@ -31,7 +32,7 @@ def test_the_log_says_in_words_what_is_wrong_and_nothing_of_the_payload(
 
     async def said(words: str) -> None:
         text = ""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while words not in text:
                 text += capsys.readouterr().err
                 await asyncio.sleep(0.05)
@@ -110,7 +111,7 @@ def test_a_dialler_killed_in_mid_vector_is_started_again_and_the_vector_arrives_
         process.start()
         try:
             await scene.here("east")
-            asking = asyncio.create_task(scene.ask("east", deadline_s=40))
+            asking = asyncio.create_task(scene.ask("east"))
             while not calls:  # noqa: ASYNC110 - set by the socket's server
                 await asyncio.sleep(0.005)
             process.kill()
@@ -161,7 +162,7 @@ def test_a_coordinator_killed_in_mid_exchange_gets_the_answer_after_its_restart(
         heard.append(data)
         if len(heard) == 1:
             first.set()
-            await asyncio.sleep(60)
+            await asyncio.sleep(NEVER_S)
         return Reply(b"answer", (b"one", b"two"))
 
     async def story(scene: Scene) -> None:
@@ -172,10 +173,10 @@ def test_a_coordinator_killed_in_mid_exchange_gets_the_answer_after_its_restart(
         process = Supervised("coordinator", command, env=dict(os.environ), log=log)
         process.start()
         try:
-            await asyncio.wait_for(first.wait(), 30)
+            await asyncio.wait_for(first.wait(), PATIENCE_S)
             process.kill()
             process.start()
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(PATIENCE_S):
                 while process.alive():  # noqa: ASYNC110 - a process has no event
                     await asyncio.sleep(0.05)
             assert (process.returncode, log.read_text()) == (0, "answer 2\n")

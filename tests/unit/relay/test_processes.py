@@ -8,24 +8,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from fedllm.clock import SystemClock
 from fedllm.errors import ProcessDied
 from fedllm.relay.processes import Supervised
 
-SLEEPS = "import time; time.sleep(60)"
+SLEEPS = "import time; time.sleep(600)"
 # a child in a session of its own, as Flower's SuperLink starts its executor
 ESCAPES = (
     "import subprocess, sys, time, pathlib\n"
-    "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'], start_new_session=True)\n"
-    "pathlib.Path(sys.argv[1]).write_text(str(p.pid)); time.sleep(60)"
+    "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+    "pathlib.Path(sys.argv[1]).write_text(str(p.pid)); time.sleep(600)"
 )
 STUBBORN = (
     "import pathlib, signal, sys, time\n"
-    "signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path(sys.argv[1]).write_text('1'); time.sleep(60)"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path(sys.argv[1]).write_text('1'); time.sleep(600)"
 )
 
 
@@ -42,28 +44,29 @@ def _runs(pid: int) -> bool:
     return state != "Z"
 
 
-def _wait_for(path: Path) -> str:
-    for _ in range(500):
-        if path.exists() and path.read_text():
-            return path.read_text()
+def _comes(condition: Callable[[], bool]) -> bool:
+    until_s = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > until_s:
+            return False
         time.sleep(0.02)
-    raise AssertionError(f"{path} never appeared")
+    return True
+
+
+def _wait_for(path: Path) -> str:
+    assert _comes(lambda: path.exists() and bool(path.read_text())), f"{path} never appeared"
+    return path.read_text()
 
 
 def _wait_gone(pid: int) -> bool:
-    for _ in range(500):
-        if not _runs(pid):
-            return True
-        time.sleep(0.02)
-    return False
+    return _comes(lambda: not _runs(pid))
 
 
 def test_exit_code_and_output_are_the_commands_own(tmp_path: Path) -> None:
     """The leash in between is not seen."""
     child = _child(tmp_path, "import sys; print('hello'); sys.exit(7)")
     child.start()
-    while child.alive():
-        time.sleep(0.02)
+    assert _comes(lambda: not child.alive())
     assert child.returncode == 7
     assert (tmp_path / "child.log").read_text() == "hello\n"
 
@@ -97,7 +100,7 @@ def test_nothing_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
         "from fedllm.relay.processes import Supervised\n"
         "c = Supervised('c', [sys.executable, '-c', sys.argv[1], sys.argv[2]], env=dict(os.environ),\n"
         "               log=pathlib.Path(sys.argv[3]), grace_s=0.5)\n"
-        "c.start(); print(c.pid, flush=True); time.sleep(60)"
+        "c.start(); print(c.pid, flush=True); time.sleep(600)"
     )
     argv = [sys.executable, "-c", parent, ESCAPES, str(tmp_path / "pid"), str(tmp_path / "log")]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as running:
@@ -111,7 +114,7 @@ def test_nothing_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
 
 def test_a_killed_leash_takes_its_command_with_it(tmp_path: Path) -> None:
     """Killing the pid that is reported is killing the program."""
-    code = "import os, pathlib, sys, time\npathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+    code = "import os, pathlib, sys, time\npathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)"
     child = _child(tmp_path, code, tmp_path / "pid")
     child.start()
     command = int(_wait_for(tmp_path / "pid"))
@@ -145,18 +148,17 @@ def test_a_fallen_child_is_started_again(tmp_path: Path) -> None:
         while not child.alive() or child.pid == first:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
         await asyncio.to_thread(child.terminate)
-        await asyncio.wait_for(keeping, 10)
+        await asyncio.wait_for(keeping, PATIENCE_S)
         return int(first != child.pid)
 
-    assert asyncio.run(asyncio.wait_for(scenario(), 30)) == 1
+    assert asyncio.run(asyncio.wait_for(scenario(), 2 * PATIENCE_S)) == 1
 
 
 def test_a_program_that_is_not_there_says_so_in_its_log(tmp_path: Path) -> None:
     """The leash starts, the program does not; the exit code is not 0."""
     child = Supervised("gone", ["/no/such/program"], env=dict(os.environ), log=tmp_path / "log")
     child.start()
-    while child.alive():
-        time.sleep(0.02)
+    assert _comes(lambda: not child.alive())
     assert child.returncode not in (0, None)
     assert "No such file" in (tmp_path / "log").read_text()
 
@@ -168,8 +170,5 @@ def test_a_command_that_ends_at_once_is_seen_to_end(tmp_path: Path) -> None:
     ]
     for process in quick:
         process.start()
-    for _ in range(500):
-        if not any(process.alive() for process in quick):
-            break
-        time.sleep(0.02)
+    assert _comes(lambda: not any(process.alive() for process in quick))
     assert [process.returncode for process in quick] == [3] * 4

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import grpc
 import grpc.aio
 import pytest
+from patience import NEVER_S, PATIENCE_S
 
 from fedllm.clock import SystemClock
 from fedllm.errors import ConfigError, DecodeError, PortBusy
@@ -26,7 +28,6 @@ from fedllm.relay.service import (
     deliver_over,
     pack_frame,
     serve_deliver,
-    start_delivery,
     unpack_frame,
 )
 
@@ -63,7 +64,7 @@ def test_envelopes_of_many_megabytes_pass_unchanged(tmp_path: Path) -> None:
         carrier = LocalCarrier(sockets, clock=SystemClock())
         assert await carrier.nodes() == ("a", "b")
         big = os.urandom(9_000_000)
-        replies = await _all(carrier, {"a": big, "b": b"small"}, deadline_s=20)
+        replies = await _all(carrier, {"a": big, "b": b"small"}, deadline_s=PATIENCE_S)
         assert replies == {"a": Reply(b"a" + big), "b": Reply(b"bsmall")}
         await carrier.close()
         for server in servers:
@@ -129,20 +130,20 @@ def test_a_daemon_that_fails_or_is_gone_is_missing(tmp_path: Path) -> None:
         good = await serve_deliver(tmp_path / "good" / "s", _echo)
         sockets = {"bad": bad.path, "good": good.path, "gone": tmp_path / "gone" / "s"}
         carrier = LocalCarrier(sockets, clock=SystemClock())
-        replies = await _all(carrier, dict.fromkeys([*sockets, "unknown"], b"x"), deadline_s=5)
+        replies = await _all(carrier, dict.fromkeys([*sockets, "unknown"], b"x"), deadline_s=NEVER_S)
         await carrier.close()
         await bad.stop()
         await good.stop()
         return replies
 
-    assert asyncio.run(asyncio.wait_for(scenario(), 4)) == {"good": Reply(b"x")}
+    assert asyncio.run(asyncio.wait_for(scenario(), PATIENCE_S)) == {"good": Reply(b"x")}
 
 
 def test_a_slow_daemon_is_given_up_at_the_deadline(tmp_path: Path) -> None:
     """The exchange ends on time with whatever came."""
 
     async def slow(data: bytes) -> Reply:
-        await asyncio.sleep(5)
+        await asyncio.sleep(NEVER_S)
         return Reply(data)
 
     async def scenario() -> dict[str, Reply]:
@@ -153,7 +154,7 @@ def test_a_slow_daemon_is_given_up_at_the_deadline(tmp_path: Path) -> None:
         await server.stop(0)
         return replies
 
-    assert asyncio.run(asyncio.wait_for(scenario(), 4)) == {}
+    assert asyncio.run(asyncio.wait_for(scenario(), PATIENCE_S)) == {}
 
 
 def test_frames_of_the_link_are_exact() -> None:
@@ -179,9 +180,9 @@ def test_parts_come_out_as_they_went_in(tmp_path: Path) -> None:
     async def scenario() -> dict[str, Reply]:
         async with _carrier(tmp_path, {name: owner(name) for name in parts}) as carrier:
             channel = deliver_channel(tmp_path / "three" / "s")
-            assert await deliver_over(channel, b"h", timeout_s=5) == Reply(b"h", parts["three"])
+            assert await deliver_over(channel, b"h", timeout_s=PATIENCE_S) == Reply(b"h", parts["three"])
             await channel.close()
-            return await _all(carrier, dict.fromkeys(parts, b"head"), deadline_s=10)
+            return await _all(carrier, dict.fromkeys(parts, b"head"), deadline_s=PATIENCE_S)
 
     assert asyncio.run(scenario()) == {name: Reply(b"head", each) for name, each in parts.items()}
 
@@ -215,7 +216,7 @@ def test_the_second_vector_is_not_read_while_the_first_is_held(tmp_path: Path) -
 
     async def scenario() -> None:
         async with _carrier(tmp_path, owners) as carrier:
-            replies = carrier.exchange(dict.fromkeys(owners, b"head"), deadline_s=20)
+            replies = carrier.exchange(dict.fromkeys(owners, b"head"), deadline_s=PATIENCE_S)
             async with aclosing(replies):
                 first, reply = await anext(replies)
                 (second,) = set(owners) - {first}
@@ -239,12 +240,12 @@ def test_a_reader_that_stops_early_leaves_nothing_running(tmp_path: Path) -> Non
 
     async def scenario() -> None:
         async with _carrier(tmp_path, owners) as carrier:
-            async with aclosing(carrier.exchange(dict.fromkeys(owners, b"head"), deadline_s=20)) as replies:
+            async with aclosing(carrier.exchange(dict.fromkeys(owners, b"head"), deadline_s=PATIENCE_S)) as replies:
                 await anext(replies)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(PATIENCE_S):
                 while len(_at_work()) > 1:  # noqa: ASYNC110 - gRPC's own tasks end by themselves
                     await asyncio.sleep(0.01)
-            assert set(await _all(carrier, dict.fromkeys(owners, b"again"), deadline_s=20)) == {"a", "b"}
+            assert set(await _all(carrier, dict.fromkeys(owners, b"again"), deadline_s=PATIENCE_S)) == {"a", "b"}
 
     asyncio.run(scenario())
 
@@ -268,7 +269,7 @@ async def _hostile(path: Path, messages: Callable[[], AsyncIterator[bytes]]) -> 
 
 
 async def _stalling() -> AsyncIterator[bytes]:
-    yield b"head"
+    yield b"stalls"
     yield b"first part"
     await asyncio.sleep(3600)
 
@@ -277,41 +278,59 @@ def test_an_owner_that_stops_in_mid_vector_is_given_up_and_the_others_are_heard(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It holds the turn for as long as one part may take, no longer."""
-    monkeypatch.setattr(service.Delivery.each_part, "__kwdefaults__", {"stall_s": 0.5, "per_part_s": 0.1})
+    each_part = service.Delivery.each_part
+
+    def hurried(delivery: service.Delivery) -> AsyncGenerator[bytes, None]:
+        return each_part(delivery, stall_s=0.5 if delivery.head == b"stalls" else PATIENCE_S)
+
+    monkeypatch.setattr(service.Delivery, "each_part", hurried)
     _, owners = _two_vectors(3)
 
     async def scenario() -> dict[str, Reply]:
         async with _hostile(tmp_path / "stalls" / "s", _stalling) as path, _carrier(tmp_path, owners):
             sockets = {"0": path, **{name: tmp_path / name / "s" for name in owners}}
             carrier = LocalCarrier(sockets, clock=SystemClock())
-            replies = await _all(carrier, dict.fromkeys(sockets, b"head"), deadline_s=30)
+            replies = await _all(carrier, dict.fromkeys(sockets, b"head"), deadline_s=NEVER_S)
             await carrier.close()
             return replies
 
-    assert set(asyncio.run(asyncio.wait_for(scenario(), 10))) == {"a", "b"}
+    assert set(asyncio.run(asyncio.wait_for(scenario(), PATIENCE_S))) == {"a", "b"}
 
 
-def test_a_trickle_ends(tmp_path: Path) -> None:
-    """Parts that each come in time may not go on for ever: each adds less time than it may take."""
+class _Trickle:
+    """A call whose every message takes a quarter of a second, on a loop whose time it is that passes it."""
 
-    async def trickle() -> AsyncIterator[bytes]:
-        yield b"head"
-        while True:
-            await asyncio.sleep(0.1)
-            yield b"drop"
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.cancelled = False
+
+    async def read(self) -> bytes:
+        """Return the next message."""
+        self.now_s += 0.25
+        return b"drop"
+
+    def cancel(self) -> None:
+        """Note that nothing more is wanted."""
+        self.cancelled = True
+
+
+def test_a_trickle_ends() -> None:
+    """Parts that each come in time may not go on for ever: each adds less time than it takes."""
 
     async def scenario() -> int:
-        count = 0
-        async with _hostile(tmp_path / "s", trickle) as path:
-            channel = deliver_channel(path)
-            delivery = await start_delivery(channel, b"x", timeout_s=30)
-            with pytest.raises(TimeoutError):
-                async for _part in delivery.each_part(stall_s=0.4, per_part_s=0.02):
-                    count += 1
-            await channel.close()
+        call, count = _Trickle(), 0
+        loop = asyncio.get_running_loop()
+        loop.time = lambda: call.now_s  # type: ignore[method-assign]
+        delivery = service.Delivery(cast("Any", call), b"head")
+        with pytest.raises(TimeoutError):
+            async for _part in delivery.each_part(stall_s=0.5, per_part_s=0.125):
+                count += 1
+                assert count < 100
+        assert call.cancelled
         return count
 
-    assert 2 <= asyncio.run(scenario()) <= 6
+    # half a second to begin with, and an eighth less after each
+    assert asyncio.run(scenario()) == 4
 
 
 @pytest.mark.parametrize("what", ["a part too large", "too many parts", "no head"])
@@ -330,10 +349,10 @@ def test_a_hostile_socket_cannot_fill_the_memory(tmp_path: Path, what: str, monk
         async with _hostile(tmp_path / "bad" / "s", messages) as path, _carrier(tmp_path, {"good": _echo}):
             channel = deliver_channel(path)
             with pytest.raises(DecodeError):
-                await deliver_over(channel, b"x", timeout_s=5)
+                await deliver_over(channel, b"x", timeout_s=PATIENCE_S)
             await channel.close()
             carrier = LocalCarrier({"bad": path, "good": tmp_path / "good" / "s"}, clock=SystemClock())
-            assert await _all(carrier, {"bad": b"x", "good": b"x"}, deadline_s=5) == {"good": Reply(b"x")}
+            assert await _all(carrier, {"bad": b"x", "good": b"x"}, deadline_s=PATIENCE_S) == {"good": Reply(b"x")}
             await carrier.close()
 
     asyncio.run(scenario())
@@ -354,13 +373,13 @@ def test_what_a_daemon_has_begun_it_ends_although_its_caller_is_gone(tmp_path: P
 
         server = await serve_deliver(tmp_path / "s" / "r.sock", deliver)
         channel = deliver_channel(tmp_path / "s" / "r.sock")
-        call = asyncio.create_task(deliver_over(channel, b"begin", timeout_s=10))
+        call = asyncio.create_task(deliver_over(channel, b"begin", timeout_s=PATIENCE_S))
         await begun.wait()
         call.cancel()
         await channel.close()
         await asyncio.sleep(0.1)
         may_end.set()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(PATIENCE_S):
             while len(steps) < 2:  # noqa: ASYNC110 - the daemon is not told
                 await asyncio.sleep(0.01)
         await server.stop(0)

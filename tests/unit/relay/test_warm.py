@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 
 from fedllm.relay import warm
 
@@ -54,7 +55,8 @@ def host(tmp_path: Path) -> Iterator[Path]:
 
 
 def _written(path: Path) -> str:
-    for _ in range(250):
+    until_s = time.monotonic() + PATIENCE_S
+    while time.monotonic() < until_s:
         if path.exists() and path.read_text():
             return path.read_text().strip()
         time.sleep(0.02)
@@ -63,7 +65,7 @@ def _written(path: Path) -> str:
 
 def test_without_a_host_flowers_own_program_runs(tmp_path: Path, launcher: Path) -> None:
     """A warm start is never needed."""
-    done = subprocess.run([launcher, str(tmp_path / "out"), "--token", "a b"], check=False, timeout=30)
+    done = subprocess.run([launcher, str(tmp_path / "out"), "--token", "a b"], check=False, timeout=PATIENCE_S)
     assert done.returncode == 0
     assert _written(tmp_path / "out") == f"cold {tmp_path / 'out'} --token a b"
 
@@ -71,7 +73,7 @@ def test_without_a_host_flowers_own_program_runs(tmp_path: Path, launcher: Path)
 def test_the_host_runs_the_entry_point_with_the_arguments_in_a_fork(tmp_path: Path, launcher: Path, host: Path) -> None:
     """Each launch is a process of its own; the host survives what it runs."""
     for name in ("one", "two"):
-        done = subprocess.run([launcher, str(tmp_path / name), "--token", "a b"], check=False, timeout=30)
+        done = subprocess.run([launcher, str(tmp_path / name), "--token", "a b"], check=False, timeout=PATIENCE_S)
         assert done.returncode == 0
         assert _written(tmp_path / name) == f"{warm.PROGRAM} ['--token', 'a b']"
     assert host.stat().st_mode & 0o077 == 0

@@ -10,11 +10,13 @@ from typing import Any
 
 import httpx
 import pytest
+from patience import NEVER_S, PATIENCE_S
 from round_world import World
 
 from fedllm.errors import DigestMismatch, IntegrityError, NotFound, PeerUnavailable, SignatureInvalid
 from fedllm.identity import SigningIdentity
 from fedllm.registry.remote import HttpVersionSource
+from fedllm.server import api
 from fedllm.server.api import ApiState, make_api
 from fedllm.server.schedule import Schedule
 
@@ -122,20 +124,21 @@ def test_an_unreachable_registry_says_so() -> None:
     asyncio.run(scenario())
 
 
-def test_long_poll_ends_with_the_move_and_with_the_process(tmp_path: Path) -> None:
+def test_long_poll_ends_with_the_move_and_with_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A poll waits, wakes on an alias move at once, and never holds up a coordinator that stops."""
+    monkeypatch.setattr(api, "MAX_WAIT_S", NEVER_S)
 
     async def test(desk: Desk) -> None:
         epoch = (await desk.source().aliases(-1, 0.0)).epoch
-        poll = asyncio.create_task(desk.source().aliases(epoch, 30.0))
+        poll = asyncio.create_task(desk.source().aliases(epoch, NEVER_S))
         await asyncio.sleep(0.05)
         assert not poll.done()
         desk.world.registry.rollback(desk.world.federation.alias, actor="operator", reason="odd")
-        assert (await asyncio.wait_for(poll, 2.0)).epoch == epoch + 1
-        poll = asyncio.create_task(desk.source().aliases(epoch + 1, 30.0))
+        assert (await asyncio.wait_for(poll, PATIENCE_S)).epoch == epoch + 1
+        poll = asyncio.create_task(desk.source().aliases(epoch + 1, NEVER_S))
         await asyncio.sleep(0.05)
         desk.stopping.set()
-        assert (await asyncio.wait_for(poll, 2.0)).epoch == epoch + 1
+        assert (await asyncio.wait_for(poll, PATIENCE_S)).epoch == epoch + 1
 
     with_api(tmp_path, test)
 
@@ -199,7 +202,7 @@ def test_asked_rounds_are_queued_and_run(tmp_path: Path) -> None:
         for wrong in ({"rounds": "two"}, {"round": 1}, {}):
             assert (await desk.client.post(desk.rounds, headers=TOKEN, json=wrong)).status_code == 422
         working = asyncio.create_task(desk.schedule.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             while len([r for r in desk.world.journal.rounds("tools") if r.ended]) < 4:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         working.cancel()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from round_world import OWNERS, World
 
 from fedllm.errors import IntegrityError, NotFound, NotReady, PolicyRefused
@@ -96,7 +97,7 @@ def serve_until(world: World, schedule: Schedule, ended: int) -> None:
 
     async def scenario() -> None:
         working = asyncio.create_task(schedule.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await until(lambda: not world.journal.wanted("tools") and len(ended_rounds(world)) >= ended)
         working.cancel()
 
@@ -122,7 +123,7 @@ def test_the_queue_waits_for_owners(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         working = asyncio.create_task(schedule.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await until(lambda: schedule.waiting("tools") is not None)
             assert "2 of 4 owners are there" in str(schedule.waiting("tools"))
             assert world.journal.rounds("tools") == []
@@ -169,7 +170,7 @@ def test_two_federations_run_side_by_side(tmp_path: Path) -> None:
 
     async def scenario() -> None:
         working = asyncio.create_task(schedule.run())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(PATIENCE_S):
             await until(lambda: all(schedule.present(n) and not schedule.runner(n).running for n in runners))
             await until(lambda: len(ended_rounds(worlds[0])) == 2 and bool(worlds[0].journal.rounds("legal")))
             await until(lambda: worlds[0].journal.rounds("legal")[0].ended is not None)
