@@ -3,16 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV := .venv-vllm
 # The base model and the demo's data are fetched once into this folder.
 export FEDLLM_CACHE ?= $(CURDIR)/.cache/fedllm
 export OMP_WAIT_POLICY ?= passive
 export HF_HUB_DISABLE_TELEMETRY = 1
 
-.PHONY: demo test check bench e2e format clean
+.PHONY: demo test explore check bench e2e format clean
 
 $(STAMP): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+# vLLM on a CPU for `python -m benchmarks.serving --with-vllm`: its pins exclude Flower's. The three packages taken
+# out again are built for another torch; with them vLLM's imports fail.
+$(VLLM_VENV)/.installed: tests/vllm/requirements.txt
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -r $<
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@
 
 demo: $(STAMP)  ## Four owners, a coordinator and an endpoint as real processes: trains, serves, prints a table
@@ -20,6 +29,9 @@ demo: $(STAMP)  ## Four owners, a coordinator and an endpoint as real processes:
 
 test: $(STAMP)  ## Every test that ends within 12 minutes on two cores, real processes included
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests --ignore tests/slow
+
+explore: $(STAMP)  ## The property tests with new random examples: what they find becomes a fixed one
+	HYPOTHESIS_PROFILE=explore $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/unit tests/property tests/protocol
 
 check: $(STAMP)  ## ruff, strict typing, import floors, lean imports
 	$(BIN)/ruff check .
@@ -39,4 +51,4 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info

@@ -1,8 +1,9 @@
-"""Tokens a second of the native engine next to PEFT: base requests, one adapter, eight adapters in one batch.
+"""Tokens a second of the native engine next to its peers: base requests, one adapter, eight adapters in one batch.
 
 8 streams of about 59 random prompt tokens, greedy, no end token, rank 16 on all linears, one thread, wall time from
-the first request to the last token. Prompts are new in every repetition, the same for both providers, who take
-turns. The gate comes first, with base requests beside adapters in one batch.
+the first request to the last token. Prompts are new in every repetition, the same for all providers, who take
+turns. The gate comes first, with base requests beside adapters in one batch. The peers are PEFT and, with
+``--with-vllm``, vLLM's server: with LoRA, and for base requests a second one without.
 """
 
 from __future__ import annotations
@@ -11,18 +12,30 @@ import asyncio
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.document import Document, check, model_folder, parser, rounded, run
+from benchmarks.serving_figures import (
+    PROMPT_TOKENS,
+    RANK,
+    STREAMS,
+    TOLERANCE,
+    WITHOUT_LORA,
+    Timing,
+    Timings,
+    make_document,
+    table,
+)
 from benchmarks.serving_peft import Peft
+from benchmarks.serving_vllm import BASE_NAME, HINT, SPIN_S, Vllm, installed, vllm_server
 from fedllm.adapter import ATTENTION_MODULES, MLP_MODULES, AdapterSpec, AdapterState
 from fedllm.ids import Digest, sha256
 from fedllm.rng import SeededRng
@@ -31,14 +44,16 @@ from fedllm.serving.native.engine import EngineLimits, NativeEngine
 from fedllm.serving.native.loader import choose_dtype, load_weights, read_config
 from fedllm.serving.native.model import LlamaConfig, LlamaModel, StepInput
 
-STREAMS, RANK, ALPHA = 8, 16, 32
-PROMPT_TOKENS = (55, 56, 57, 58, 60, 61, 62, 63)
-GATE_OUT = 4
-TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}
-"""Largest difference of two logits, over the largest logit of the reference."""
+ALPHA, GATE_OUT = 32, 4
 BASE = sha256(b"benchmarks.serving")
 LIMITS = EngineLimits(slots=STREAMS, max_rank=RANK)
-VLLM_REASON = "not measured: no run with vLLM is wired in yet"
+ENVIRONMENT = Path(__file__).parents[1] / ".venv-vllm"
+NAMES = [f"a{i}" for i in range(STREAMS)]
+NOT_ASKED = "not measured: --with-vllm asks for it"
+NOT_INSTALLED = f"not measured: its environment is not installed ({HINT})"
+
+Turn = Callable[[list[tuple[int, ...]], int], Awaitable[Timing]]
+"""Prompts and tokens to make -> one batch, timed."""
 
 
 class RecordingModel(LlamaModel):
@@ -53,15 +68,6 @@ class RecordingModel(LlamaModel):
             tokens = step.tokens_T[step.logit_rows].tolist()
             self.seen |= {token: row.float().clone() for token, row in zip(tokens, logits, strict=True)}
         return logits
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One batch: wall seconds to its last token, median over streams to the first, CPU seconds of the process."""
-
-    seconds: float
-    ttft_s: float
-    cpu_s: float
 
 
 def make_adapters(config: LlamaConfig) -> list[AdapterState]:
@@ -110,6 +116,23 @@ async def ours(engine: NativeEngine, versions: Sequence[Digest], prompts: list[t
     return Timing(seconds, median(first - start for _, first in results), cpu_s)
 
 
+async def pefts(peft: Peft, names: Sequence[str] | None, prompts: list[tuple[int, ...]], out: int) -> Timing:
+    """Time one batch of PEFT."""
+    cpu = time.process_time()
+    seconds, ttft_s = peft.generate(prompts, out, names)
+    return Timing(seconds, ttft_s, time.process_time() - cpu)
+
+
+async def vllms(server: Vllm, names: Sequence[str], prompts: list[tuple[int, ...]], out: int) -> Timing:
+    """Time one batch of vLLM, and return when it is quiet."""
+    start, cpu = time.perf_counter(), server.cpu_s()
+    results = await server.generate(prompts, out, names)
+    seconds, cpu_s = time.perf_counter() - start, server.cpu_s() - cpu
+    await asyncio.sleep(SPIN_S)
+    assert all(len(tokens) == out for tokens, _ in results)
+    return Timing(seconds, median(first - start for _, first in results), cpu_s)
+
+
 async def gate(
     engine: NativeEngine, model: RecordingModel, peft: Peft, versions: Sequence[Digest], dtype: str
 ) -> float:
@@ -123,8 +146,8 @@ async def gate(
     GateFailed
     """
     prompts = make_prompts(0, model.config.vocab_size)
-    names = ["__base__" if i in (2, 5) else f"a{i}" for i in range(STREAMS)]
-    asked = [BASE if name == "__base__" else versions[i] for i, name in enumerate(names)]
+    names = [BASE_NAME if i in (2, 5) else name for i, name in enumerate(NAMES)]
+    asked = [BASE if name == BASE_NAME else versions[i] for i, name in enumerate(names)]
     model.seen = {}
     await asyncio.gather(*(stream(engine, v, p, 1) for v, p in zip(asked, prompts, strict=True)))
     seen, model.seen = model.seen, None
@@ -142,6 +165,29 @@ async def gate(
         errors.append(compare(want_NV, seen[prompt[-1]], tokens, scored))
     worst = float(np.max(errors))  # keeps a NaN, which Python's max may drop
     check(worst <= TOLERANCE[dtype], f"logits are {worst:.2e} of the largest off PEFT's, {TOLERANCE[dtype]} allowed")
+    return worst
+
+
+async def gate_vllm(server: Vllm, peft: Peft, vocabulary: int, dtype: str) -> float:
+    """Return by how much vLLM's tokens miss PEFT's best, over the largest logit.
+
+    Base requests have a batch of their own: beside adapters, vLLM 0.32 on a CPU gives them an adapter.
+
+    Raises
+    ------
+    GateFailed
+    """
+    prompts = make_prompts(0, vocabulary)
+    misses: list[float] = []
+    for names in ([BASE_NAME] * STREAMS, NAMES):
+        made = await server.generate(prompts, GATE_OUT, names)
+        for name, prompt, (tokens, _) in zip(names, prompts, made, strict=True):
+            want_NV = peft.logits([*prompt, *tokens], name)[len(prompt) - 1 : -1]
+            picked_N = want_NV.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            misses.append(float((want_NV.amax(-1) - picked_N).max() / want_NV.abs().max()))
+    worst = float(np.max(misses))
+    allowed = 2 * TOLERANCE[dtype]  # two logits, each off by no more than the tolerance
+    check(worst <= allowed, f"vllm: a token is {worst:.2e} of the largest logit below PEFT's best, {allowed} allowed")
     return worst
 
 
@@ -169,6 +215,13 @@ def compare(want_NV: Tensor, first_V: Tensor, tokens: Sequence[int], scored: Seq
     return float(torch.stack(parts).max() / want_NV.abs().max())
 
 
+def why_without(*, asked: bool) -> str | None:
+    """Return why vLLM is not measured; None if it is."""
+    if not asked:
+        return NOT_ASKED
+    return None if installed(ENVIRONMENT) else NOT_INSTALLED
+
+
 async def measure_all(options: Namespace, folder: Path) -> Document:
     """Gate, then time base, one adapter and eight adapters."""
     torch.set_num_threads(1)
@@ -180,7 +233,10 @@ async def measure_all(options: Namespace, folder: Path) -> Document:
     sizes = {"slots": LIMITS.slots, "max_rank": LIMITS.max_rank, "blocks": LIMITS.kv_blocks}
     model = RecordingModel(config, weights, block_tokens=LIMITS.block_tokens, **sizes)
     engine = NativeEngine(model, base=BASE, limits=LIMITS, rng=SeededRng("benchmark"))
-    try:
+    vllm: Document = {"vllm_reason": why_without(asked=options.with_vllm)}
+    server: Vllm | None = None
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(engine.close)
         adapters = make_adapters(config)
         for state in adapters:
             await engine.load(state.digest, state)
@@ -189,66 +245,39 @@ async def measure_all(options: Namespace, folder: Path) -> Document:
         judge = Peft(folder, dtype)
         judge.add_adapters(adapters)
         worst = await gate(engine, model, judge, versions, name)
+        if vllm["vllm_reason"] is None:
+            server = await stack.enter_async_context(vllm_server(ENVIRONMENT, folder, name, adapters))
+            vllm["vllm_version"] = await server.version()
+            vllm["vllm_max_rel_regret"] = rounded(await gate_vllm(server, judge, config.vocab_size, name))
         del judge
         peft = Peft(folder, dtype)
-        cases: dict[str, tuple[list[Digest], list[str] | None]] = {
-            "base": ([BASE] * STREAMS, None),
-            "one": ([versions[0]] * STREAMS, None),
-            "mixed8": (versions, [f"a{i}" for i in range(STREAMS)]),
+        cases: dict[str, tuple[list[Digest], list[str]]] = {
+            "base": ([BASE] * STREAMS, [BASE_NAME] * STREAMS),
+            "one": ([versions[0]] * STREAMS, NAMES[:1] * STREAMS),
+            "mixed8": (versions, NAMES),
         }
-        timings: dict[str, dict[str, list[Timing]]] = {"fedllm": {}, "peft": {}}
+        timings: Timings = {}
         for case, (asked, names) in cases.items():
             if case == "one":
                 peft.add_adapters(adapters)
                 peft.use("a0")
-            for repetition in range(repetitions + 1):
-                prompts = make_prompts(1 + repetition + 100 * len(timings["peft"]), config.vocab_size)
-                mine = await ours(engine, asked, prompts, out)
-                cpu = time.process_time()
-                theirs = Timing(*peft.generate(prompts, out, names), time.process_time() - cpu)
-                if repetition:  # the first one warms up
-                    timings["fedllm"].setdefault(case, []).append(mine)
-                    timings["peft"].setdefault(case, []).append(theirs)
-    finally:
-        await engine.close()
-    return _document(timings, worst, name, out, repetitions)
-
-
-def _document(
-    timings: dict[str, dict[str, list[Timing]]], worst: float, dtype: str, out: int, repetitions: int
-) -> Document:
-    providers: dict[str, Document | None] = {}
-    for provider, cases in timings.items():
-        fields: Document = {}
-        for case, samples in cases.items():
-            fields[f"{case}_tok_s"] = rounded(STREAMS * out / median(sample.seconds for sample in samples), 3)
-            cpu_s = median(sample.cpu_s for sample in samples)  # steadier than wall time where cores are shared
-            fields[f"{case}_cpu_s_1k"] = rounded(1000 * cpu_s / (STREAMS * out), 3)
-            fields[f"ttft_{case}_s"] = rounded(median(sample.ttft_s for sample in samples), 3)
-        providers[provider] = fields
-    mine, theirs = providers["fedllm"], providers["peft"]
-    assert mine is not None
-    assert theirs is not None
-    providers["vllm"] = None
-    return {
-        "gate": True,
-        "max_rel_logit_error": rounded(worst),
-        "tolerance": TOLERANCE[dtype],
-        "dtype": dtype,
-        "threads": 1,
-        "streams": STREAMS,
-        "prompt_tokens": sum(PROMPT_TOKENS) / STREAMS,
-        "out_tokens": out,
-        "rank": RANK,
-        "repetitions": repetitions,
-        "providers": providers,
-        "vllm_reason": VLLM_REASON,
-        **{
-            f"{case}_over_peft": rounded(mine[f"{case}_tok_s"] / theirs[f"{case}_tok_s"], 3) for case in timings["peft"]
-        },
-        "mixed8_cpu_speedup": rounded(theirs["mixed8_cpu_s_1k"] / mine["mixed8_cpu_s_1k"], 3),
-        "ttft_mixed8_over_base": rounded(mine["ttft_mixed8_s"] / mine["ttft_base_s"], 3),
-    }
+            async with AsyncExitStack() as briefly:
+                turns: dict[tuple[str, str], Turn] = {
+                    ("fedllm", case): partial(ours, engine, asked),
+                    ("peft", case): partial(pefts, peft, names if case == "mixed8" else None),
+                }
+                if server is not None:
+                    turns["vllm", case] = partial(vllms, server, names)
+                    if case == "base":
+                        plain = await briefly.enter_async_context(vllm_server(ENVIRONMENT, folder, name))
+                        turns["vllm", WITHOUT_LORA] = partial(vllms, plain, names)
+                for repetition in range(repetitions + 1):
+                    prompts = make_prompts(1 + repetition + 100 * list(cases).index(case), config.vocab_size)
+                    for (provider, kind), turn in turns.items():
+                        timing = await turn(prompts, out)
+                        if repetition:  # the first one warms up
+                            timings.setdefault(provider, {}).setdefault(kind, []).append(timing)
+    return make_document(timings, worst, name, out, repetitions) | vllm
 
 
 def measure(options: Namespace) -> Document:
@@ -256,24 +285,11 @@ def measure(options: Namespace) -> Document:
     return asyncio.run(measure_all(options, model_folder()))
 
 
-def table(document: Document) -> Table:
-    """Return the document as a table."""
-    d = document
-    made = Table(
-        title=f"serving: {d['streams']} streams, {d['out_tokens']} tokens out, {d['dtype']}, 1 thread",
-        caption=f"logits within {d['max_rel_logit_error']:.1e} of PEFT's; vllm {d['vllm_reason']}",
-    )
-    columns = ("base_tok_s", "one_tok_s", "mixed8_tok_s", "mixed8_cpu_s_1k", "ttft_base_s", "ttft_mixed8_s")
-    for column in ("provider", *columns):
-        made.add_column(column, justify="left" if column == "provider" else "right")
-    for name, row in document["providers"].items():
-        made.add_row(name, *("-" if row is None else f"{row[column]:.3g}" for column in columns))
-    return made
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run from the command line."""
-    return run("serving", parser("serving", "How fast is the native engine next to PEFT?"), measure, table, argv)
+    arguments = parser("serving", "How fast is the native engine next to its peers?")
+    arguments.add_argument("--with-vllm", action="store_true", help=f"vLLM's server on a CPU beside; {HINT} first")
+    return run("serving", arguments, measure, table, argv)
 
 
 if __name__ == "__main__":
