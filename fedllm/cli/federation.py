@@ -30,6 +30,8 @@ _TEMPLATE = """\
 port = {port}
 flower_port = {flower_port}
 direct_port = {direct_port}
+"""
+_FEDERATION = """\
 
 [federation.{name}]
 base = {base}
@@ -48,13 +50,16 @@ def register(app: typer.Typer) -> None:
 def init(
     home: Path = typer.Argument(..., help="Folder to create."),
     federation: str = typer.Option("tools", help="Name of the first federation."),
-    base: Path = typer.Option(..., help="Folder of the base model."),
+    base: Path | None = typer.Option(None, help="Folder of the base model; without it, no federation is set up."),
     alias: str = typer.Option("acme/tools", help="tenant/name that versions are published to."),
     port: int = typer.Option(7400, help="Port of the control API."),
     flower_port: int = typer.Option(7401, help="Port of the Flower SuperLink."),
     direct_port: int = typer.Option(7403, help="Port that owners of direct federations dial."),
 ) -> None:
-    """Make a coordinator's folder: keys, configuration, empty roster. Nothing is ever overwritten."""
+    """Make a coordinator's folder: keys, configuration, empty roster. Nothing is ever overwritten.
+
+    Without --base it keeps a registry only: 'fedllm adapter import' adds versions, 'adapter promote' moves aliases.
+    """
     from fedllm.basemodel.inspect import read_config
     from fedllm.relay import tls
 
@@ -63,16 +68,16 @@ def init(
     for name in (COORDINATOR_FILE, KEY_FILE, tls.KEY_FILE, tls.CERTIFICATE_FILE):
         if (home / name).exists():
             raise ConfigError(f"{home / name} exists and is not overwritten", hint="choose another folder")
-    read_config(base)
-    text = _TEMPLATE.format(
-        name=federation, base=json.dumps(str(base.absolute())), alias=alias, port=port, flower_port=flower_port,
-        direct_port=direct_port,
-    )  # fmt: skip
+    text = _TEMPLATE.format(port=port, flower_port=flower_port, direct_port=direct_port)
+    if base is not None:
+        read_config(base)
+        text += _FEDERATION.format(name=federation, base=json.dumps(str(base.absolute())), alias=alias)
     with drafts(home) as scratch:
         identity = SigningIdentity.create(scratch / KEY_FILE)
         tls.TlsIdentity.create(scratch, SystemClock())
         (scratch / COORDINATOR_FILE).write_text(text, encoding="utf-8")
-    say(f"wrote {home / COORDINATOR_FILE}; next: 'fedllm owner add' for each owner")
+    step = "'fedllm owner add' for each owner" if base is not None else "'fedllm adapter import'"
+    say(f"wrote {home / COORDINATOR_FILE}; next: {step}")
     print_line(str(identity.public))
 
 

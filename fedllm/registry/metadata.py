@@ -1,11 +1,11 @@
-"""Versions, aliases and their history in SQLite (WAL): the part of a registry that is not content.
+"""Versions, aliases, their history and what endpoints report, in SQLite (WAL): what is not content in a registry.
 
 An alias moves only by compare-and-swap, and each move is a line of history whose number is the epoch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from fedllm.errors import AliasConflict, NotFound
 from fedllm.ids import AliasName, Digest
 from fedllm.registry.model import AliasMove, AliasTable, SignedManifest
+from fedllm.registry.observed import COUNTS, Observation, Report
 
 _metadata = sa.MetaData()
 _versions = sa.Table(
@@ -46,6 +47,33 @@ _history = sa.Table(
     sa.Column("reason", sa.String, nullable=False),
     sa.Column("moved", sa.Float, nullable=False),
 )
+_lines = sa.Table(
+    "lines",
+    _metadata,
+    sa.Column("federation", sa.String, primary_key=True),
+    sa.Column("alias", sa.String, nullable=False),
+)
+"""Where versions that no federation trained are published to, by the name that they count under."""
+_reports = sa.Table(
+    "reports",
+    _metadata,
+    sa.Column("endpoint", sa.String, primary_key=True),
+    sa.Column("run", sa.String, primary_key=True),
+    sa.Column("sequence", sa.Integer, nullable=False),
+)
+"""The last report of each endpoint's process: what is not newer was taken in before."""
+_observations = sa.Table(
+    "observations",
+    _metadata,
+    sa.Column("version", sa.ForeignKey("versions.digest"), primary_key=True),
+    sa.Column("alias", sa.String, primary_key=True),
+    sa.Column("endpoint", sa.String, primary_key=True),
+    sa.Column("start", sa.Float, nullable=False),
+    sa.Column("end", sa.Float, nullable=False),
+    *(sa.Column(name, sa.BigInteger, nullable=False) for name in COUNTS),
+    sa.Column("ttft", sa.JSON, nullable=False),
+)
+"""Sums since a version was first seen, so that they grow with versions and endpoints and not with time."""
 
 
 def open_sqlite(path: Path, *, synchronous: str = "FULL") -> sa.Engine:
@@ -110,6 +138,52 @@ class Metadata:
         with writing(self._engine) as connection:
             connection.execute(_versions.insert().values(**row))
 
+    def import_version(
+        self, federation: str, alias: AliasName | None, sign: Callable[[int], tuple[Digest, SignedManifest]]
+    ) -> None:
+        """Insert a version that no round made, under the next number, and remember where its line is published to.
+
+        Parameters
+        ----------
+        federation : str
+            Name of the line.
+        alias : AliasName or None
+            Where it is published to; None: as before.
+        sign : Callable
+            From the number to the version's digest and signed manifest; called with the write lock held, so that
+            no two versions get one number.
+
+        Raises
+        ------
+        NotFound
+            If no alias is given and none is known.
+        AliasConflict
+            If the line is published to another alias.
+        """
+        with writing(self._engine) as connection:
+            known = connection.execute(sa.select(_lines.c.alias).where(_lines.c.federation == federation)).scalar()
+            if known is None and alias is None:
+                raise NotFound(f"no alias is known that {federation!r} is published to", hint="name one with --alias")
+            if known is not None and alias not in (None, known):
+                raise AliasConflict(
+                    f"{federation!r} is published to {known!r}, not to {alias!r}",
+                    hint="leave --alias out, or give these versions another --federation name",
+                )
+            if known is None:
+                connection.execute(_lines.insert().values(federation=federation, alias=alias))
+            query = sa.select(sa.func.max(_versions.c.number)).where(_versions.c.federation == federation)
+            number = int(connection.execute(query).scalar() or 0) + 1
+            digest, signed = sign(number)
+            # rounds count from 1; the column must not repeat, and no round is below zero
+            row = {"digest": digest, "federation": federation, "number": number, "round": -number}
+            row |= {"manifest": signed.manifest, "signature": signed.signature}
+            connection.execute(_versions.insert().values(**row))
+
+    def lines(self) -> dict[str, AliasName]:
+        """Return where each line of imported versions is published to."""
+        with self._engine.connect() as connection:
+            return {row.federation: AliasName(row.alias) for row in connection.execute(sa.select(_lines))}
+
     def next_number(self, federation: str) -> int:
         """Return the number that the federation's next version gets; they count from 1."""
         query = sa.select(sa.func.max(_versions.c.number)).where(_versions.c.federation == federation)
@@ -127,6 +201,14 @@ class Metadata:
     def find_number(self, federation: str, number: int) -> SignedManifest | None:
         """Return ``federation@v<number>``, or None."""
         return self._one(_versions.c.federation == federation, _versions.c.number == number)
+
+    def find_prefix(self, federation: str, prefix: str) -> SignedManifest | None:
+        """Return the one version of a federation whose digest begins so; None if there is none, or several."""
+        wanted = sa.and_(_versions.c.digest >= prefix, _versions.c.digest < prefix + "g")  # past every hex digit
+        query = sa.select(_versions.c.manifest, _versions.c.signature)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.where(_versions.c.federation == federation, wanted).limit(2)).all()
+        return SignedManifest(rows[0].manifest, rows[0].signature) if len(rows) == 1 else None
 
     def _one(self, *conditions: sa.ColumnElement[bool]) -> SignedManifest | None:
         query = sa.select(_versions.c.manifest, _versions.c.signature).where(*conditions)
@@ -182,6 +264,49 @@ class Metadata:
         query = sa.select(_history).where(_history.c.alias == alias).order_by(_history.c.epoch)
         with self._engine.connect() as connection:
             return [AliasMove(**row) for row in connection.execute(query).mappings()]
+
+    def observe(self, report: Report) -> bool:
+        """Add a report to the sums; return False, changing nothing, if it was taken in before.
+
+        Raises
+        ------
+        NotFound
+            If it speaks of a version that is not here; nothing of it is taken in.
+        """
+        digests = {seen.version for seen in report.observations}
+        run = sa.and_(_reports.c.endpoint == report.endpoint, _reports.c.run == report.run)
+        mine = sa.and_(_observations.c.endpoint == report.endpoint, _observations.c.version.in_(digests))
+        with writing(self._engine) as connection:
+            last = connection.execute(sa.select(_reports.c.sequence).where(run)).scalar()
+            if last is not None and report.sequence <= last:
+                return False
+            known = set(
+                connection.execute(sa.select(_versions.c.digest).where(_versions.c.digest.in_(digests))).scalars()
+            )
+            if missing := sorted(digests - known):
+                raise NotFound(f"no version {missing[0][:16]}… ({len(missing)} such in the report)")
+            sums = {(row["version"], row["alias"]): _observation(row)
+                    for row in connection.execute(sa.select(_observations).where(mine)).mappings()}  # fmt: skip
+            rows = []
+            for seen in report.observations:
+                before = sums.get((seen.version, seen.alias))
+                rows.append({**vars(seen if before is None else before.plus(seen)), "endpoint": report.endpoint})
+            connection.execute(_observations.insert().prefix_with("OR REPLACE"), rows)
+            line = {"endpoint": report.endpoint, "run": report.run, "sequence": report.sequence}
+            connection.execute(_reports.insert().prefix_with("OR REPLACE").values(**line))
+        return True
+
+    def observed(self, version: Digest | None = None) -> list[tuple[str, Observation]]:
+        """Return endpoint and sums, for each endpoint, alias and version; of one version, or of all."""
+        query = sa.select(_observations).order_by(_observations.c.endpoint, _observations.c.alias)
+        if version is not None:
+            query = query.where(_observations.c.version == version)
+        with self._engine.connect() as connection:
+            return [(row["endpoint"], _observation(row)) for row in connection.execute(query).mappings()]
+
+
+def _observation(row: Mapping[Any, Any]) -> Observation:
+    return Observation(**{**{k: v for k, v in row.items() if k != "endpoint"}, "ttft": tuple(row["ttft"])})
 
 
 def _short(digest: str | None) -> str:

@@ -6,8 +6,10 @@ digest are checked, and the alias table is signed too, so that a proxy can neith
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fedllm.errors import DecodeError, DigestMismatch, IntegrityError, MissingEx
 from fedllm.identity import SigningIdentity, VerifyKey
 from fedllm.ids import AliasName, Digest, check_digest, sha256
 from fedllm.registry.model import AdapterVersion, AliasTable, FetchedVersion, SignedManifest
+from fedllm.registry.pins import matches
 
 _ALIASES_CONTEXT = "fedllm/1/aliases"
 _POLL_S = 0.2
@@ -124,12 +127,28 @@ class HttpVersionSource:
         return FetchedVersion(version, files)
 
     async def versions(self) -> list[AdapterVersion]:
-        """Return all versions, oldest first, each signature verified."""
-        body = await self._json("/v1/versions", {})
-        rows = body.get("versions")
-        if not isinstance(rows, list):
-            raise DecodeError("registry answered no list of versions")
-        return [self._verified(row) for row in rows]
+        """Return all versions, oldest first, each signature verified, off the event loop."""
+        answer = await self._get("/v1/versions", {}, _TIMEOUT_S)
+        return await asyncio.to_thread(lambda: [self._verified(row) for row in _rows(answer.content)])
+
+    async def find(self, federation: str, pin: str) -> AdapterVersion | None:
+        """Return the version that a pin means; see `fedllm.registry.pins.VersionFinder`.
+
+        The registry picks it by its index. A registry that lists all versions all the same is read by what it says of
+        them, and only the one that is meant is verified, off the event loop.
+        """
+        answer = await self._get("/v1/versions", {"federation": federation, "pin": pin}, _TIMEOUT_S)
+        return await asyncio.to_thread(self._pick, answer.content, federation, pin)
+
+    def _pick(self, data: bytes, federation: str, pin: str) -> AdapterVersion | None:
+        said = (row for row in _rows(data) if row.get("federation") == federation and _says(row, pin))
+        meant = list({row.get("digest"): row for row in said}.values())
+        if len(meant) != 1:
+            return None
+        version = self._verified(meant[0])
+        if version.manifest.federation != federation or not matches(version, pin):
+            raise DigestMismatch(f"{federation}@{pin} asked for, {version.name} ({version.digest[:16]}…) answered")
+        return version
 
     def _verified(self, body: dict[str, Any]) -> AdapterVersion:
         return AdapterVersion.of(manifest_from_json(body).open(self._key))
@@ -205,7 +224,27 @@ class LocalVersionSource:
 
     async def versions(self) -> list[AdapterVersion]:
         """Return all versions, oldest first."""
-        return self._registry.versions()
+        return await asyncio.to_thread(self._registry.versions)
+
+    async def find(self, federation: str, pin: str) -> AdapterVersion | None:
+        """Return the version that a pin means, by the database's index; see `fedllm.registry.pins.VersionFinder`."""
+        return await asyncio.to_thread(self._registry.find, federation, pin)
+
+
+def _rows(data: bytes) -> list[dict[str, Any]]:
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError):
+        raise DecodeError("registry answered /v1/versions with something that is not JSON") from None
+    rows = body.get("versions") if isinstance(body, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DecodeError("registry answered no list of versions")
+    return rows
+
+
+def _says(row: dict[str, Any], pin: str) -> bool:
+    """Whether a row claims to be what a pin means; nothing is believed by it."""
+    return f"v{row.get('number')}" == f"v{int(pin[1:])}" if pin[0] == "v" else str(row.get("digest")).startswith(pin)
 
 
 def _b64(data: bytes) -> str:

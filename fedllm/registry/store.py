@@ -25,6 +25,8 @@ from fedllm.registry.model import (
     PrivacyRecord,
     SignedManifest,
 )
+from fedllm.registry.observed import Observation, Report
+from fedllm.registry.pins import DIGEST_PIN, NUMBER_PIN
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,75 @@ class Registry:
         if there is not None:
             return AdapterVersion.of(there.open(self._key))
         files = to_peft(state, base_name=draft.base_name)
-        manifest = Manifest(
+        manifest = self._manifest(state, draft, files, self._metadata.next_number(draft.federation))
+        same = self._same(manifest.digest, draft.federation, f"round {draft.round} of {draft.federation}")
+        if same is not None:
+            return same
+        for data in files.values():
+            self.blobs.put(data)
+        self._metadata.add_version(
+            digest=manifest.digest,
+            federation=draft.federation,
+            number=manifest.number,
+            round_number=draft.round,
+            signed=SignedManifest.sign(manifest, identity),
+        )
+        return AdapterVersion.of(manifest)
+
+    def import_state(
+        self, state: AdapterState, draft: VersionDraft, identity: SigningIdentity, *, alias: AliasName | None
+    ) -> AdapterVersion:
+        """Add a version that no round made, under its line's next number; the same bytes again make no second one.
+
+        Parameters
+        ----------
+        draft : VersionDraft
+            Its `round` is 0.
+        alias : AliasName or None
+            Where the line is published to; None if it is known.
+
+        Raises
+        ------
+        DiskFull, NotFound, AliasConflict
+            Before any version is added; see `Metadata.import_version`.
+        AdapterInvalid
+            If another federation or line already holds exactly these bytes.
+        """
+        files = to_peft(state, base_name=draft.base_name)
+        made: list[AdapterVersion] = []
+
+        def sign(number: int) -> tuple[Digest, SignedManifest]:
+            manifest = self._manifest(state, draft, files, number)
+            made.append(AdapterVersion.of(manifest))
+            return manifest.digest, SignedManifest.sign(manifest, identity)
+
+        digest = self._manifest(state, draft, files, 1).digest
+        same = self._same(digest, draft.federation, f"an import into {draft.federation}")
+        if same is not None:
+            return same
+        for data in files.values():
+            self.blobs.put(data)
+        self._metadata.import_version(draft.federation, alias, sign)
+        return made[0]
+
+    def lines(self) -> dict[str, AliasName]:
+        """Return where each line of imported versions is published to."""
+        return self._metadata.lines()
+
+    def _same(self, digest: Digest, federation: str, what: str) -> AdapterVersion | None:
+        same = self._metadata.find(digest)
+        if same is None:
+            return None
+        version = AdapterVersion.of(same.open(self._key))
+        if version.manifest.federation != federation:
+            raise AdapterInvalid(f"{what} made exactly {version.name}")
+        return version
+
+    def _manifest(self, state: AdapterState, draft: VersionDraft, files: dict[str, bytes], number: int) -> Manifest:
+        return Manifest(
             version=MANIFEST_VERSION,
             federation=draft.federation,
-            number=self._metadata.next_number(draft.federation),
+            number=number,
             parent=draft.parent,
             round=draft.round,
             base=state.spec.base,
@@ -104,22 +171,6 @@ class Registry:
             plan=draft.plan,
             created=self._clock.now(),
         )
-        same = self._metadata.find(manifest.digest)
-        if same is not None:
-            version = AdapterVersion.of(same.open(self._key))
-            if version.manifest.federation != draft.federation:
-                raise AdapterInvalid(f"round {draft.round} of {draft.federation} made exactly {version.name}")
-            return version
-        for data in files.values():
-            self.blobs.put(data)
-        self._metadata.add_version(
-            digest=manifest.digest,
-            federation=draft.federation,
-            number=manifest.number,
-            round_number=draft.round,
-            signed=SignedManifest.sign(manifest, identity),
-        )
-        return AdapterVersion.of(manifest)
 
     def signed(self, digest: str) -> SignedManifest:
         """Return a version's manifest as it was signed, or raise `NotFound`."""
@@ -144,9 +195,24 @@ class Registry:
         found = self._metadata.find_round(federation, round_number)
         return None if found is None else AdapterVersion.of(found.open(self._key))
 
+    def find(self, federation: str, pin: str) -> AdapterVersion | None:
+        """Return the version of a federation that a pin means (see `fedllm.registry.pins`), or None."""
+        found = self.find_signed(federation, pin)
+        return None if found is None else AdapterVersion.of(found.open(self._key))
+
+    def find_signed(self, federation: str, pin: str) -> SignedManifest | None:
+        """Return the manifest of `find` as it was signed."""
+        if NUMBER_PIN.fullmatch(pin):
+            return self._metadata.find_number(federation, int(pin[1:]))
+        return self._metadata.find_prefix(federation, pin) if DIGEST_PIN.fullmatch(pin) else None
+
     def versions(self) -> list[AdapterVersion]:
         """Return all versions, oldest first."""
         return [AdapterVersion.of(signed.open(self._key)) for signed in self._metadata.versions()]
+
+    def signed_versions(self) -> list[SignedManifest]:
+        """Return all manifests as they were signed, oldest first; not verified here."""
+        return self._metadata.versions()
 
     def fetch(self, digest: str) -> FetchedVersion:
         """Return a version with its files, everything verified."""
@@ -186,6 +252,17 @@ class Registry:
     def aliases(self) -> AliasTable:
         """Return the alias table as it stands."""
         return self._metadata.aliases()
+
+    def observe(self, report: Report) -> bool:
+        """Add an endpoint's report to the sums; False if it was taken in before. Raise `NotFound` as a whole."""
+        return self._metadata.observe(report)
+
+    def observed(self, version: Digest | None = None) -> dict[Digest, dict[str, list[Observation]]]:
+        """Return what endpoints reported: version to endpoint to its sums by alias."""
+        found: dict[Digest, dict[str, list[Observation]]] = {}
+        for endpoint, seen in self._metadata.observed(version):
+            found.setdefault(seen.version, {}).setdefault(endpoint, []).append(seen)
+        return found
 
     async def aliases_after(self, since: int, wait_s: float) -> AliasTable:
         """Return the alias table once its epoch passes `since`, or as it stands after `wait_s` seconds.

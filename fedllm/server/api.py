@@ -1,7 +1,8 @@
 """The coordinator's HTTP API: the registry for endpoints, and control for the operator.
 
 Reads of versions, blobs and aliases need no token: manifests and the alias table are signed, adapters are
-public to whoever serves them. Control needs the operator's bearer token, which is in a file of mode 0600.
+public to whoever serves them. Control needs the operator's bearer token, which is in a file of mode 0600. Endpoints
+report with the observer's token, which can do nothing else.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
 
-from fedllm.errors import AliasConflict, AuthenticationError, ConfigError, DecodeError, FedllmError
+from fedllm.errors import AliasConflict, AuthenticationError, ConfigError, DecodeError, FedllmError, RequestInvalid
 from fedllm.identity import SigningIdentity
 from fedllm.ids import Digest, check_alias, check_digest
 from fedllm.messages.plan import honest_threshold
+from fedllm.registry.model import AdapterVersion
 from fedllm.registry.remote import aliases_to_json, manifest_to_json
 from fedllm.registry.store import Registry
 from fedllm.server.journal import Journal, RoundRecord
+from fedllm.server.observations import MAX_BODY_BYTES, read_report, summary_json
 from fedllm.server.ports import RoundState
 from fedllm.server.schedule import Schedule
 
@@ -32,7 +35,7 @@ _STATUS = {2: 400, 3: 403, 4: 401, 5: 404, 69: 503, 75: 503}
 
 @dataclass(frozen=True)
 class ApiState:
-    """What the API is handed by the composition root."""
+    """What the API is handed by the composition root; an empty `observer_token` is nobody's."""
 
     registry: Registry
     journal: Journal
@@ -40,6 +43,7 @@ class ApiState:
     identity: SigningIdentity
     token: str
     stopping: asyncio.Event
+    observer_token: str = ""
 
 
 class RoundsWanted(BaseModel):
@@ -77,19 +81,33 @@ def make_api(state: ApiState) -> FastAPI:
     _add_reads(app, state)
     _add_rounds(app, state)
     _add_aliases(app, state)
+    _add_observations(app, state)
     return app
+
+
+def _bears(request: Request, token: str) -> bool:
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    return bool(token) and scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), token.encode())
 
 
 def _operator(request: Request) -> None:
     state: ApiState = request.app.state.fedllm
-    scheme, _, token = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode(), state.token.encode()):
+    if not _bears(request, state.token):
         raise AuthenticationError(
             "the operator's token is missing or wrong", hint="it is in operator.token in the coordinator's home"
         )
 
 
+def _observer(request: Request) -> None:
+    state: ApiState = request.app.state.fedllm
+    if not (_bears(request, state.observer_token) or _bears(request, state.token)):
+        raise AuthenticationError(
+            "the observer's token is missing or wrong", hint="it is in observer.token in the coordinator's home"
+        )
+
+
 Operator = Annotated[None, Depends(_operator)]
+Observer = Annotated[None, Depends(_observer)]
 
 
 async def _on_error(_request: Request, error: Exception) -> JSONResponse:
@@ -125,9 +143,10 @@ def _add_reads(app: FastAPI, state: ApiState) -> None:
         return Response(data, media_type="application/octet-stream")
 
     @app.get("/v1/versions")
-    async def versions() -> dict[str, Any]:
-        found = state.registry.versions()
-        return {"versions": [manifest_to_json(state.registry.signed(v.digest), v) for v in found]}
+    async def versions(federation: str | None = None, pin: str | None = None) -> dict[str, Any]:
+        if (federation is None) != (pin is None):
+            raise ConfigError("federation and pin are given together: they name one version")
+        return await asyncio.to_thread(_versions_json, state, federation, pin)
 
     @app.get("/v1/versions/{digest}")
     async def version(digest: str) -> dict[str, Any]:
@@ -188,10 +207,54 @@ def _add_aliases(app: FastAPI, state: ApiState) -> None:
             table = state.registry.promote(alias, new, expected=expected, actor="operator", reason=body.reason)
         return aliases_to_json(table, state.identity)
 
+    @app.get("/v1/lines")
+    async def lines(_operator: Operator) -> dict[str, Any]:
+        return {"lines": state.registry.lines()}
+
     @app.get("/v1/aliases/{tenant}/{name}/history")
     async def history(tenant: str, name: str, _operator: Operator) -> dict[str, Any]:
         moves = state.registry.history(check_alias(f"{tenant}/{name}"))
         return {"moves": [vars(move) for move in moves]}
+
+
+def _add_observations(app: FastAPI, state: ApiState) -> None:
+    registry = state.registry
+
+    @app.post("/v1/observations")
+    async def observe(request: Request, _observer: Observer) -> dict[str, Any]:
+        report = read_report(await _body(request))
+        return {"new": await asyncio.to_thread(registry.observe, report)}
+
+    @app.get("/v1/observations")
+    async def observed(_operator: Operator) -> dict[str, Any]:
+        found = await asyncio.to_thread(registry.observed)
+        return {"versions": {digest: summary_json(seen) for digest, seen in found.items()}}
+
+    @app.get("/v1/versions/{digest}/observations")
+    async def observed_of(digest: str, _operator: Operator) -> dict[str, Any]:
+        version = registry.get(check_digest(digest, what="version")).digest
+        found = await asyncio.to_thread(registry.observed, version)
+        return summary_json(found.get(version, {}))
+
+
+async def _body(request: Request) -> bytes:
+    """Return the body, which nobody may make longer than a report is."""
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > MAX_BODY_BYTES:
+            raise RequestInvalid(f"a report of over {MAX_BODY_BYTES} bytes", hint="report fewer versions at once")
+    return bytes(data)
+
+
+def _versions_json(state: ApiState, federation: str | None, pin: str | None) -> dict[str, Any]:
+    if federation is None or pin is None:
+        found = state.registry.signed_versions()
+    else:
+        one = state.registry.find_signed(federation, pin)
+        found = [] if one is None else [one]
+    key = state.identity.public
+    return {"versions": [manifest_to_json(each, AdapterVersion.of(each.open(key))) for each in found]}
 
 
 def federation_json(state: ApiState, name: str) -> dict[str, Any]:

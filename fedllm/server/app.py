@@ -34,8 +34,11 @@ from fedllm.server.schedule import Schedule
 if TYPE_CHECKING:
     import uvicorn
 
+    from fedllm.server.api import ApiState
+
 KEY_FILE = "coordinator.pem"
 TOKEN_FILE = "operator.token"  # noqa: S105 - a file name
+OBSERVER_FILE = "observer.token"
 _TOKEN_BYTES = 32
 _STOP_S = 5.0
 
@@ -43,10 +46,12 @@ _STOP_S = 5.0
 def run(settings: CoordinatorSettings, federations: Sequence[FederationSettings]) -> None:
     """Run the coordinator until SIGTERM or Ctrl-C; unfinished rounds are resumed first.
 
+    Without a federation it is a registry whose aliases the operator moves: nothing trains, no transport is opened.
+
     Raises
     ------
     ConfigError
-        Nothing to coordinate, a setting that cannot work, or another coordinator on the same home.
+        A setting that cannot work, or another coordinator on the same home.
     PortBusy
         Another program listens on the API's or the SuperLink's port, or on that of the direct transport.
     NotFound, AuthenticationError
@@ -54,8 +59,6 @@ def run(settings: CoordinatorSettings, federations: Sequence[FederationSettings]
     KeyboardInterrupt
         After a clean stop by Ctrl-C.
     """
-    if not federations:
-        raise ConfigError(f"{settings.home} names no federation", hint="add a [federation.<name>] section")
     with _locked(settings.home):
         asyncio.run(_serve(settings, federations))
 
@@ -73,12 +76,15 @@ def load_federation(settings: FederationSettings, home: Path) -> Federation:
 
 
 async def _serve(settings: CoordinatorSettings, federations: Sequence[FederationSettings]) -> None:
+    from fedllm.server.api import ApiState
+
     clock, rng = SystemClock(), OsRng()
     identity = SigningIdentity.load(settings.home / KEY_FILE)
     loaded = [load_federation(each, settings.home) for each in federations]
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(_listen(settings.host, settings.port))
-        token = operator_token(settings.home / TOKEN_FILE, rng)
+        token = read_token(settings.home / TOKEN_FILE, rng)
+        observer = read_token(settings.home / OBSERVER_FILE, rng)
         registry = Registry(settings.home / "registry", identity.public, clock)
         stack.callback(registry.close)
         journal = Journal(settings.home / "journal.sqlite")
@@ -106,20 +112,15 @@ async def _serve(settings: CoordinatorSettings, federations: Sequence[Federation
         }
         schedule = Schedule(runners, journal, clock)
         events.append(schedule)
-        await _until_stopped(schedule, registry, journal, identity, token, listener)
+        stopping = asyncio.Event()
+        state = ApiState(registry, journal, schedule, identity, token, stopping, observer)
+        await _until_stopped(schedule, state, listener)
 
 
-async def _until_stopped(
-    schedule: Schedule,
-    registry: Registry,
-    journal: Journal,
-    identity: SigningIdentity,
-    token: str,
-    listener: socket.socket,
-) -> None:
-    from fedllm.server.api import ApiState, make_api
+async def _until_stopped(schedule: Schedule, state: ApiState, listener: socket.socket) -> None:
+    from fedllm.server.api import make_api
 
-    stopping = asyncio.Event()
+    stopping = state.stopping
     signals: list[int] = []
 
     def stop(number: int) -> None:
@@ -129,9 +130,11 @@ async def _until_stopped(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
-    server = _server(make_api(ApiState(registry, journal, schedule, identity, token, stopping)))
+    server = _server(make_api(state))
     serving = asyncio.create_task(server.serve(sockets=[listener]), name="api")
-    rounds = asyncio.create_task(schedule.run(), name="rounds")
+    # a schedule of no federation ends at once, which is no reason to stop
+    running = schedule.run() if schedule.federations else stopping.wait()
+    rounds: asyncio.Task[object] = asyncio.create_task(running, name="rounds")
     waiting = asyncio.create_task(stopping.wait(), name="stop")
     try:
         await asyncio.wait({serving, rounds, waiting}, return_when=asyncio.FIRST_COMPLETED)
@@ -243,8 +246,8 @@ def check_transport(federation: Federation, home: Path, clock: Clock) -> None:
         read_certificate(path, clock)
 
 
-def operator_token(path: Path, rng: Rng) -> str:
-    """Return the operator's token, making it (mode 0600) when there is none."""
+def read_token(path: Path, rng: Rng) -> str:
+    """Return a token, making it (mode 0600) when there is none."""
     if not path.exists():
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

@@ -28,7 +28,7 @@ from fedllm.registry.remote import manifest_from_json
 from fedllm.telemetry import event
 
 _LOG = logging.getLogger("fedllm.serving.disk")
-_IMMUTABLE = re.compile(r"/v1/(versions|blobs)/([0-9a-f]{64})")
+_IMMUTABLE = re.compile(r"/v1/(versions|blobs)/([0-9a-f]{64})$")
 _DRAFT = ".incoming-"
 
 

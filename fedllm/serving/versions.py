@@ -6,7 +6,6 @@ reaches any version of the federation that the alias serves, and no other federa
 
 from __future__ import annotations
 
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,11 +14,11 @@ from types import MappingProxyType
 from fedllm.errors import AdapterInvalid, BaseMismatch, FedllmError, NotFound, NotReady, PeerUnavailable, RequestInvalid
 from fedllm.ids import Digest
 from fedllm.registry.model import AdapterVersion, VersionSource
+from fedllm.registry.pins import find_version, matches
 from fedllm.serving.engine import Lease
 from fedllm.serving.tenants import BASE_ACCESS, Tenant
 from fedllm.serving.tiers import SlotEngine, Tiers
 
-_MIN_PREFIX = 8
 _PINS_KEPT = 4096
 
 
@@ -99,7 +98,7 @@ class Versions:
             raise unknown
         version: AdapterVersion | None = live
         try:
-            if at and not _matches(live, pin):
+            if at and not matches(live, pin):
                 version = await self._find(live.manifest.federation, pin)
             if version is not None:
                 self.tiers.check_spec(version.manifest.spec)
@@ -122,21 +121,10 @@ class Versions:
         if known is not None:
             self._pins.move_to_end((federation, pin))
             return known
-        found = {
-            v.digest: v
-            for v in await self._source.versions()
-            if v.manifest.federation == federation and _matches(v, pin)
-        }
-        if len(found) != 1:
+        version = await find_version(self._source, federation, pin)
+        if version is None:
             return None
-        (version,) = found.values()
         self._pins[federation, pin] = version
         if len(self._pins) > _PINS_KEPT:
             self._pins.popitem(last=False)
         return version
-
-
-def _matches(version: AdapterVersion, pin: str) -> bool:
-    if re.fullmatch(r"v[0-9]{1,9}", pin):
-        return version.number == int(pin[1:])
-    return len(pin) >= _MIN_PREFIX and version.digest.startswith(pin)
