@@ -12,7 +12,9 @@ PARTS = {
         "tokenizers", "jinja2",
     ),
     "coordinator": ("flwr", "grpc", "fastapi", "uvicorn", "sqlalchemy", "dp_accounting"),
-    "serve": ("torch", "tokenizers", "fastapi", "uvicorn", "jinja2"),
+    "serve": (
+        "torch", "tokenizers", "fastapi", "uvicorn", "jinja2", "sqlalchemy", "prometheus_client", "opentelemetry",
+    ),
 }  # fmt: skip
 _EVERYTHING = ",".join(PARTS)
 _PART_OF = {
