@@ -83,7 +83,7 @@ def open_sqlite(path: Path, *, synchronous: str = "FULL") -> sa.Engine:
     its write lock before its read (``BEGIN IMMEDIATE``, see `writing`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": 30.0})
+    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), connect_args={"timeout": 30.0})
 
     @sa.event.listens_for(engine, "connect")
     def _on_connect(connection: Any, _record: Any) -> None:

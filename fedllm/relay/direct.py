@@ -17,7 +17,7 @@ import logging
 import ssl
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -29,6 +29,7 @@ from fedllm.errors import DecodeError, PeerUnavailable, PortBusy
 from fedllm.ids import Digest, sha256
 from fedllm.relay.carrier import Reply
 from fedllm.relay.line import Event, Failed, Line, Lost, Parcel, Vector
+from fedllm.relay.parcels import next_in_time
 from fedllm.relay.service import MAX_PART, MAX_PARTS, SERVICE
 from fedllm.relay.tls import Pinned, TlsIdentity
 from fedllm.relay.turns import Turn, as_they_come
@@ -198,11 +199,9 @@ class DirectCarrier:
                 away_s = max(parcel.began_s, self._lost_s.get(node, parcel.began_s))
                 until_s = min(until_s, away_s + PATIENCE_S)
             left_s = until_s - self._clock.monotonic()
-            if left_s <= 0:
-                return None
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
-                    return await parcel.events.get()
+            event = await next_in_time(parcel.events, left_s)
+            if event is not None or left_s <= 0:
+                return event
 
     async def _serve(self, _frames: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
         """Speak with one owner until its stream ends."""
@@ -240,6 +239,8 @@ class DirectCarrier:
         """Return when another stream of the same owner has taken the place of this one; raise when it ends."""
         if node in self._lines:
             self._lines[node].replaced.set()
+            for parcel in self._parcels[node].values():
+                parcel.hear(Lost())
         self._lines[node] = line
         telemetry.event(_LOG, "owner connected", node=node, connected=len(self._lines))
         for parcel in self._parcels[node].values():
@@ -275,11 +276,10 @@ class DirectCarrier:
             if header["op"] == "head" and len(parts) == 1 and isinstance(header.get("more"), bool):
                 if header["more"]:
                     await self._read_vector(line, parcel, parts[0])
-                elif parcel is not None:
-                    parcel.hear(Reply(parts[0]))
+                else:
+                    _report(line, parcel, Reply(parts[0]))
             elif header["op"] == "failed" and not parts:
-                if parcel is not None:
-                    parcel.hear(Failed())
+                _report(line, parcel, Failed())
             else:
                 raise DecodeError(f"{header['op'][:20]!r} with {len(parts)} parts where a reply begins")
 
@@ -288,7 +288,7 @@ class DirectCarrier:
         go: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         wanted = parcel is not None and not parcel.settled
         if parcel is not None and wanted:
-            parcel.hear(Vector(go))
+            _report(line, parcel, Vector(go))
             wanted = await go  # cancelled with this stream
         kept: list[bytes] = []
         began_s, count, size = self._clock.monotonic(), 0, 0
@@ -297,13 +297,12 @@ class DirectCarrier:
                 async with asyncio.timeout(began_s + PART_S * (1 + size / MAX_PART) - self._clock.monotonic()):
                     header, parts = await line.read()
             except TimeoutError:
-                if parcel is not None:
-                    parcel.hear(Failed())  # not asked again: it would hold up the others once more
+                _report(line, parcel, Failed())  # not asked again: it would hold up the others once more
                 raise
-            if header["op"] == "failed" and parcel is not None:
-                parcel.hear(Failed())
-            if header["op"] == "end" and parcel is not None and wanted:
-                parcel.hear(Reply(head, tuple(kept)))
+            if header["op"] == "failed":
+                _report(line, parcel, Failed())
+            if header["op"] == "end" and wanted:
+                _report(line, parcel, Reply(head, tuple(kept)))
             if header["op"] in {"failed", "end"}:
                 return
             count, size = count + 1, size + sum(map(len, parts))
@@ -311,6 +310,12 @@ class DirectCarrier:
                 raise DecodeError(f"{header['op'][:20]!r} of {size} bytes so far where a part was expected")
             if wanted and parcel is not None and not parcel.settled:
                 kept += parts
+
+
+def _report(line: Line, parcel: Parcel | None, event: Event) -> None:
+    """Report of a parcel, if anybody asks; a line that was replaced is lost and has nothing more to say."""
+    if parcel is not None and not line.replaced.is_set():
+        parcel.hear(event)
 
 
 async def _wait(event: asyncio.Event) -> None:

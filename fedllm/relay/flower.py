@@ -16,22 +16,19 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from pathlib import Path
-
-import grpc
-import grpc.aio
 
 from fedllm import telemetry
 from fedllm.clock import Clock
 from fedllm.errors import DecodeError, PeerUnavailable
 from fedllm.relay.carrier import Reply
-from fedllm.relay.parcels import Arrivals, Assembly, Parcel
+from fedllm.relay.parcels import Arrivals, Assembly, Parcel, next_in_time
 from fedllm.relay.ports import LOOPBACK, listening, new_port
 from fedllm.relay.processes import Supervised
 from fedllm.relay.proxy import FleetProxy, names_node
-from fedllm.relay.service import EnvelopeServer, pack_frame, serve_link, unpack_frame
+from fedllm.relay.runs import Run, Write
+from fedllm.relay.service import EnvelopeServer, serve_link, unpack_frame
 from fedllm.rng import Rng
 
 _LOG = logging.getLogger(__name__)
@@ -96,23 +93,6 @@ def supernode_command(superlink: str, port: int, daemon_socket: Path) -> list[st
     ]  # fmt: skip
 
 
-@dataclass
-class _Run:
-    """A connected relay run."""
-
-    write: Callable[[bytes], Awaitable[None]]
-    assembly: Assembly
-    nodes: tuple[str, ...] = ()
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    writing: asyncio.Lock = field(default_factory=asyncio.Lock)
-
-    async def send(self, header: dict[str, object], *blobs: bytes) -> None:
-        """Send one frame down; a broken stream ends the run, whose successor sends again."""
-        with contextlib.suppress(grpc.RpcError, grpc.aio.BaseError):
-            async with self.writing:
-                await self.write(pack_frame(header, *blobs))
-
-
 class FlowerCarrier:
     """Reaches owners through a Flower SuperLink that it supervises; construct with `open`.
 
@@ -156,7 +136,7 @@ class FlowerCarrier:
             ],
             env=self._environ, log=home / "superlink.log", cwd=home,
         )  # fmt: skip
-        self._run: _Run | None = None
+        self._run: Run | None = None
         self._token = ""
         self._connected = asyncio.Event()
         self._lost: str | None = None
@@ -222,13 +202,15 @@ class FlowerCarrier:
         self._parcels.update((p.tag, p) for p in parcels)
         run_before, answered, bytes_in = self.runs, 0, 0
         try:
-            await self._send(parcels)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(deadline_s):  # a relay that reads nothing would hold the request up
+                    await self._send(parcels)
             for _ in parcels:
-                left_s = until_s - self._clock.monotonic()
-                try:
-                    parcel, reply = await asyncio.wait_for(arrivals.get(), left_s)
-                except TimeoutError:
+                arrival = await next_in_time(arrivals, until_s - self._clock.monotonic())
+                if arrival is None:
                     break
+                parcel, reply = arrival
+                del arrival
                 self._check_lost()
                 if reply is not None:
                     answered, bytes_in = answered + 1, bytes_in + reply.size
@@ -283,35 +265,43 @@ class FlowerCarrier:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._connected.wait(), timeout_s)
 
-    async def _serve(self, frames: AsyncIterator[bytes], write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Speak with one relay run until its stream ends."""
-        run = _Run(write, Assembly(self._parcels))
+    async def _serve(self, frames: AsyncIterator[bytes], write: Write) -> None:
+        """Speak with one relay run until its stream ends, a write on it fails, or another takes its place."""
+        run = Run(write, Assembly(self._parcels))
         try:
-            async for frame in frames:
-                header, blobs = unpack_frame(frame)
-                del frame
-                if header["op"] == "hello":
-                    if header["token"] != self._token:
-                        return  # a run of an earlier coordinator
-                    self._run = run
-                    self.runs += 1
-                    telemetry.event(_LOG, "relay run connected", run=self.runs)
-                elif self._run is not run:
-                    return
-                else:
-                    await self._receive(run, header, blobs)
+            await run.until_over(self._read(run, frames))
         except (DecodeError, KeyError, ValueError) as error:
             telemetry.event(_LOG, "relay run sent nonsense", level=logging.WARNING, error=str(error))
         finally:
+            run.end()
             run.ended.set()
             if self._run is run:
                 self._run = None
                 self._connected.clear()
+        await run.written()
 
-    async def _receive(self, run: _Run, header: dict[str, object], blobs: list[bytes]) -> None:
+    async def _read(self, run: Run, frames: AsyncIterator[bytes]) -> None:
+        async for frame in frames:
+            header, blobs = unpack_frame(frame)
+            del frame
+            if header["op"] == "hello":
+                if header["token"] != self._token:
+                    return  # a run of an earlier coordinator
+                if self._run is not None:
+                    self._run.end()
+                self._run = run
+                self.runs += 1
+                self._connected.clear()  # until this one has reported its nodes
+                telemetry.event(_LOG, "relay run connected", run=self.runs)
+            elif self._run is not run:
+                return
+            else:
+                await self._receive(run, header, blobs)
+
+    async def _receive(self, run: Run, header: dict[str, object], blobs: list[bytes]) -> None:
         """Take one frame in; returns when the next one may be read."""
         if header["op"] == "nodes":
-            first = not run.nodes and not self._connected.is_set()
+            first = not self._connected.is_set()
             run.nodes = tuple(str(n) for n in header["nodes"])  # type: ignore[attr-defined]
             telemetry.event(_LOG, "nodes", count=len(run.nodes))
             if first:
@@ -338,13 +328,14 @@ class FlowerCarrier:
         """Keep one relay run connected; the end of its stream, not Flower's run state, tells that it is lost."""
         failed = 0
         while failed < FAILED_LAUNCHES:
-            if await self._launch():
+            # it need not be the one that was launched last: another took its place, or was late for its own launch
+            run = self._run
+            if run is not None:
                 failed = 0
-                run = self._run
-                if run is not None:
-                    await run.ended.wait()
+                await run.ended.wait()
+                if self._run is None:
                     telemetry.event(_LOG, "relay run lost, starting another", level=logging.WARNING, run=self.runs)
-            else:
+            elif not await self._launch():
                 failed += 1
                 telemetry.event(_LOG, "relay run did not connect", level=logging.WARNING, failed=failed)
                 await self._clock.sleep(min(2.0**failed, 15.0))
@@ -353,10 +344,10 @@ class FlowerCarrier:
             parcel.answer(None)
 
     async def _launch(self) -> bool:
-        """Start one relay run; return whether it connected in time."""
+        """Start one relay run; return whether one is connected in time."""
         if not await listening(self._inner_port, LAUNCH_TIMEOUT_S):
             return False
-        self._token = self._rng.token(16).hex()
+        self._token, before = self._rng.token(16).hex(), self.runs
         override = f'socket="{self._home / "link.sock"}" run-token="{self._token}"'
         with (self._home / "flwr-run.log").open("ab") as log:
             process = await asyncio.create_subprocess_exec(
@@ -373,13 +364,14 @@ class FlowerCarrier:
             return False
         if code != 0:
             return False
-        await self._wait_run(LAUNCH_TIMEOUT_S)
+        await self._wait_run(before, LAUNCH_TIMEOUT_S)
         return self._run is not None
 
-    async def _wait_run(self, timeout_s: float) -> None:
+    async def _wait_run(self, before: int, timeout_s: float) -> None:
+        """Wait for a run that is newer than run number `before`."""
         until_s = self._clock.monotonic() + timeout_s
         # several things can end this wait, one of them a process
-        while self._run is None and self.superlink.alive() and self._clock.monotonic() < until_s:  # noqa: ASYNC110
+        while self.runs == before and self.superlink.alive() and self._clock.monotonic() < until_s:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
 
 

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from fedllm.errors import DecodeError
 from fedllm.relay.carrier import Reply
 from fedllm.relay.service import MAX_PARTS
 
+T = TypeVar("T")
 Arrivals = asyncio.Queue[tuple["Parcel", Reply | None]]
 """What an exchange waits for: a parcel and its reply, None when there will be none."""
+
+
+async def next_in_time(queue: asyncio.Queue[T], left_s: float) -> T | None:
+    """Return what is next in a queue; None if nothing comes in time. What is there already is never too late."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(left_s):
+            return await queue.get()
+    # it came in the very moment in which the time was over
+    return None if queue.empty() else queue.get_nowait()
 
 
 @dataclass
