@@ -14,7 +14,19 @@ from importlib import import_module
 
 from benchmarks.document import GATE_FAILED, NOT_MEASURED, Document, show
 
-NAMES = ("secagg", "dp_step", "privacy_audit", "utility", "serving", "kernels", "hotswap", "gpu_engine", "round")
+NAMES = (
+    "secagg",
+    "dp_step",
+    "privacy_audit",
+    "utility",
+    "serving",
+    "kernels",
+    "hotswap",
+    "burst",
+    "fairness",
+    "gpu_engine",
+    "round",
+)
 
 
 def one(name: str, flags: list[str]) -> tuple[int, Document]:

@@ -21,6 +21,7 @@ from fedllm.ids import Digest
 from fedllm.registry.model import AdapterVersion
 from fedllm.registry.remote import LocalVersionSource
 from fedllm.rng import OsRng
+from fedllm.serving.access import Access
 from fedllm.serving.api import Endpoint, create_app
 from fedllm.serving.engine import EngineStats
 from fedllm.serving.metrics import Counters
@@ -114,7 +115,8 @@ class Server:
             return previous
 
         setattr(versions, "flip", stamped)  # noqa: B010 - mypy forbids to assign to a method
-        endpoint = Endpoint(engine, versions, watcher, TextCodec(base), TenantFile(tenants), counters, clock, OsRng())
+        access = Access(TenantFile(tenants), clock, observers=[counters])
+        endpoint = Endpoint(engine, versions, watcher, TextCodec(base), access, counters, clock, OsRng())
         watching = asyncio.create_task(watcher.run())
         await watcher.synced.wait()
         config = uvicorn.Config(create_app(endpoint), log_config=None, access_log=False, lifespan="off", ws="none")

@@ -129,7 +129,7 @@ class ServeSettings:
     max_rank: int = _key("largest LoRA rank a slot takes", 16)
     kv_blocks: int = _key("blocks of the KV cache, 16 tokens each", 512)
     max_running: int = _key("sequences decoded in one step", 16)
-    max_waiting: int = _key("requests queued before 429", 64)
+    max_waiting: int = _key("requests queued before 429; as many again for tenants below their share", 64)
     threads: int = _key("CPU threads of the engine", 1)
     device: str = _key("cpu or cuda", "cpu")
     dtype: str = _key("bfloat16 or float32", "bfloat16")

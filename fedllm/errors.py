@@ -179,6 +179,12 @@ class NotFound(FedllmError):
     exit_code = 5
 
 
+class AnswerUnknown(NotFound):
+    """An answer is rated that this tenant did not get, or got too long ago."""
+
+    code = "answer-unknown"
+
+
 class PeerUnavailable(FedllmError):
     """The other side of a connection cannot be reached."""
 

@@ -11,17 +11,33 @@ import sys
 import click
 from click.exceptions import NoArgsIsHelpError
 
-from fedllm.cli import adapter, client, coordinator, demo, federation, info, model, privacy, rounds, serve, simulate
+from fedllm.cli import (
+    adapter,
+    client,
+    coordinator,
+    demo,
+    federation,
+    info,
+    model,
+    privacy,
+    rounds,
+    route,
+    serve,
+    simulate,
+    tenant,
+)
 from fedllm.cli.extras import missing_extra
 from fedllm.cli.files import of_system
 from fedllm.cli.output import print_error, say
 from fedllm.cli.plain import Noun
+from fedllm.cli.usage import app as usage
 from fedllm.errors import ConfigError, FedllmError
 
 app = Noun("Fine-tune a shared LoRA adapter across owners who cannot share data; serve every new version live.")
 federation.register(app)
 info.register(app)
 serve.register(app)
+route.register(app)
 demo.register(app)
 simulate.register(app)
 app.add_typer(coordinator.app, name="coordinator")
@@ -30,9 +46,10 @@ app.add_typer(rounds.app, name="round")
 app.add_typer(privacy.app, name="privacy")
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(client.app, name="client")
-app.add_typer(serve.tenants, name="tenant")
+app.add_typer(tenant.app, name="tenant")
 app.add_typer(model.app, name="model")
 app.add_typer(info.config, name="config")
+app.add_typer(usage, name="usage")
 
 INTERRUPTED = 130
 

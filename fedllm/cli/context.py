@@ -28,8 +28,10 @@ from fedllm.errors import (
     MissingExtra,
     NotFound,
     NotReady,
+    Overloaded,
     PeerUnavailable,
     PolicyRefused,
+    QuotaExceeded,
 )
 from fedllm.ids import check_name
 
@@ -167,7 +169,8 @@ def error_class(code: str) -> type[FedllmError] | None:
     """Return the class of an error code that another program gave, None if this release knows no such code."""
     for found in vars(errors).values():
         if isinstance(found, type) and issubclass(found, FedllmError) and found.code == code:
-            return None if found is MissingExtra else found  # which extra is the other machine's affair
+            # which extra is the other machine's affair, and the limit's name is in the message already
+            return None if found is MissingExtra else Overloaded if found is QuotaExceeded else found
     return None
 
 

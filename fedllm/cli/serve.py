@@ -1,10 +1,11 @@
-"""``fedllm serve``, ``tenant`` and ``chat``: the endpoint and who may use it."""
+"""``fedllm serve`` and ``chat``: the endpoint, and a terminal that asks it."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,9 @@ import typer
 
 from fedllm import telemetry
 from fedllm.cli.context import error_class, error_of, serve_settings
-from fedllm.cli.output import print_json, print_line, print_table, say
-from fedllm.cli.plain import Noun
+from fedllm.cli.output import print_error, print_line, say
 from fedllm.clock import SystemClock
 from fedllm.errors import AuthenticationError, ConfigError, FedllmError, NotFound, PeerUnavailable
-
-tenants = Noun("Who may ask the endpoint, and for what.")
-FILE = typer.Option(..., "--tenants", help="TOML file of tenants; keys in it are hashed.")
 
 
 def register(app: typer.Typer) -> None:
@@ -58,39 +55,12 @@ def serve(
     run(settings)
 
 
-@tenants.command("add")
-def add(
-    name: str = typer.Argument(..., help="Name of the tenant."),
-    allow: list[str] = typer.Option(..., help="Alias the tenant may use (repeat for several)."),
-    operator: bool = typer.Option(False, "--operator", help="Let its key read the whole endpoint's counters."),
-    file: Path = FILE,
-) -> None:
-    """Make a tenant; its key is printed once and stored only as a hash."""
-    from fedllm.serving.tenants import create_tenant
-
-    secret = create_tenant(file, name, allow, operator=operator)
-    say(f"tenant {name} may use {', '.join(allow)}; the key below is shown once")
-    print_line(secret)
-
-
-@tenants.command("list")
-def list_tenants(file: Path = FILE, as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> None:
-    """List tenants and what they may use; never keys."""
-    from fedllm.serving.tenants import load_tenants
-
-    found = load_tenants(file)
-    if as_json:
-        print_json([{"name": t.name, "allow": list(t.allow)} for t in found])
-    else:
-        print_table(str(file), ("tenant", "aliases"), [(t.name, ", ".join(t.allow)) for t in found])
-
-
 def chat(
     model: str = typer.Argument(..., help="Alias, alias@vN or alias@digest."),
-    prompt: str = typer.Argument(..., help="What to ask."),
-    url: str = typer.Option("http://127.0.0.1:8000", help="Address of the endpoint."),
+    prompt: str | None = typer.Argument(None, help="What to ask; without it, a conversation: Ctrl-D ends it."),
+    url: str = typer.Option("http://127.0.0.1:8000", help="Address of the endpoint or router."),
     key_file: Path | None = typer.Option(None, help="File with the tenant key; else FEDLLM_API_KEY."),
-    max_tokens: int = typer.Option(128, help="Tokens of the answer at most."),
+    max_tokens: int = typer.Option(128, help="Tokens of an answer at most."),
 ) -> None:
     """Ask an endpoint from a terminal; the answer streams to stdout, the version to stderr."""
     if key_file is not None and not key_file.is_file():
@@ -98,12 +68,42 @@ def chat(
     key = key_file.read_text(encoding="utf-8").strip() if key_file else os.environ.get("FEDLLM_API_KEY", "")
     if not key:
         raise AuthenticationError("no tenant key: --key-file or FEDLLM_API_KEY", hint="'fedllm tenant add' prints one")
-    body = {
-        "model": model,
-        "messages": [{"role": "user", "content": prompt}],
-        "stream": True,
-        "max_tokens": max_tokens,
-    }
+
+    def ask(messages: list[dict[str, str]]) -> str:
+        return _ask(url, key, {"model": model, "messages": messages, "stream": True, "max_tokens": max_tokens})
+
+    if prompt is not None:
+        ask([{"role": "user", "content": prompt}])
+    else:
+        _converse(ask)
+
+
+def _converse(ask: Callable[[list[dict[str, str]]], str]) -> None:
+    """Ask one line after the other, each with all that was said before, until the input ends."""
+    terminal, messages = sys.stdin.isatty(), list[dict[str, str]]()
+    while True:
+        if terminal:
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if not line.strip():
+            continue
+        question = {"role": "user", "content": line.strip()}
+        try:
+            answer = ask([*messages, question])
+        except FedllmError as error:
+            if not terminal:
+                raise
+            print_error(error)  # what failed is not part of the conversation
+        else:
+            messages += [question, {"role": "assistant", "content": answer}]
+
+
+def _ask(url: str, key: str, body: dict[str, Any]) -> str:
+    """Stream one answer to stdout and return it."""
+    parts, fingerprint = [], ""
     try:
         with httpx.stream(
             "POST", f"{url}/v1/chat/completions", json=body, timeout=120.0, trust_env=False,
@@ -112,13 +112,13 @@ def chat(
             if answer.is_error:
                 answer.read()
                 raise error_of(answer, who="the endpoint")
-            fingerprint = ""
             for line in answer.iter_lines():
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 chunk = _chunk(line[6:])
                 fingerprint = chunk.get("system_fingerprint") or fingerprint
-                sys.stdout.write("".join(c["delta"].get("content") or "" for c in chunk["choices"]))
+                parts.append("".join(c["delta"].get("content") or "" for c in chunk["choices"]))
+                sys.stdout.write(parts[-1])
                 sys.stdout.flush()
     except httpx.InvalidURL as error:
         raise ConfigError(f"--url {url!r} is no address: {error}", hint="e.g. http://127.0.0.1:8000") from None
@@ -126,6 +126,7 @@ def chat(
         raise PeerUnavailable(f"no endpoint answers at {url} ({type(error).__name__})", hint="'fedllm serve'") from None
     print_line("")
     say(f"answered by version {fingerprint[:16]}")
+    return "".join(parts)
 
 
 def _chunk(data: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,14 @@ from fedllm.errors import (
     NotReady,
     Overloaded,
     PeerUnavailable,
+    QuotaExceeded,
     RequestInvalid,
 )
 from fedllm.serving.generation import Generation, TextChunk, TokenReport
 from fedllm.serving.tools import Call
+
+_PATIENCE_S = 60.0
+"""OpenAI's client takes no notice of a Retry-After above this, and asks again much too early."""
 
 
 def error_status(error: FedllmError) -> int:
@@ -37,7 +42,9 @@ def error_body(error: FedllmError) -> dict[str, Any]:
     """Return OpenAI's error object."""
     status = error_status(error)
     message = error.message if error.hint is None else f"{error.message} ({error.hint})"
-    code = {404: "model_not_found"}.get(status, error.code)
+    code = "model_not_found" if type(error) is NotFound else error.code
+    if isinstance(error, QuotaExceeded):
+        code = "rate_limit_exceeded"
     return http_error_body(status, message, code)
 
 
@@ -46,6 +53,18 @@ def http_error_body(status: int, message: str, code: str | None = None) -> dict[
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def refusal_headers(error: FedllmError) -> dict[str, str]:
+    """Return the headers that tell a client whether and when to ask again, as OpenAI's client reads them."""
+    headers: dict[str, str] = {}
+    if isinstance(error, NotReady | MissingExtra):
+        headers["x-should-retry"] = "true" if isinstance(error, NotReady) else "false"
+    if isinstance(error, Overloaded):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        if error.retry_after_s > _PATIENCE_S:
+            headers["x-should-retry"] = "false"
+    return headers
 
 
 def chunk_body(generation: Generation, chunk: TextChunk, *, chat: bool) -> dict[str, Any]:
@@ -105,10 +124,15 @@ async def full_body(generation: Generation, *, chat: bool) -> dict[str, Any]:
     return body
 
 
-def usage(generation: Generation) -> dict[str, int]:
+def usage(generation: Generation) -> dict[str, Any]:
     """Return OpenAI's usage object; the prompt counts once, however many continuations it has."""
     prompt, completion = len(generation.prompt), generation.completion_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": generation.cached_tokens},
+    }
 
 
 def _choice(

@@ -8,7 +8,8 @@ import logging
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,12 @@ from fedllm.errors import MissingExtra, PortBusy
 from fedllm.identity import VerifyKey
 from fedllm.registry.model import VersionSource
 from fedllm.registry.remote import HttpVersionSource, LocalVersionSource
-from fedllm.rng import OsRng
+from fedllm.rng import OsRng, Rng
+from fedllm.serving.autoscale import MOST_REPLICAS, Autoscaler, Bounds, DemandMeter, autoscale_body
 from fedllm.serving.disk import CachingClient, DiskCache
 from fedllm.serving.metrics import Counters
-from fedllm.serving.tenants import TenantFile
+from fedllm.serving.process import listening, running, serve_until_signalled, serving_beside
+from fedllm.serving.surroundings import admin_app, follow_demand, open_surroundings
 from fedllm.serving.text import TextCodec
 from fedllm.serving.tiers import Tiers
 from fedllm.serving.versions import Versions
@@ -31,6 +34,8 @@ from fedllm.telemetry import event
 
 if TYPE_CHECKING:
     import uvicorn
+
+    from fedllm.serving.native.engine import NativeEngine
 
 _LOG = logging.getLogger("fedllm.serving")
 _DRAIN_S = 30
@@ -63,8 +68,11 @@ def run(settings: ServeSettings) -> None:
     except ModuleNotFoundError as error:
         raise MissingExtra("serve", error.name or "torch") from None
     event(_LOG, "starting", uvicorn=uvicorn.__version__, device=settings.device, threads=settings.threads)
-    with _listen(settings.host, settings.port) as listener:
-        asyncio.run(_serve(settings, listener))
+    with ExitStack() as stack:
+        listener = stack.enter_context(listening(settings.host, settings.port))
+        wanted = settings.admin_port
+        admin = stack.enter_context(listening(settings.admin_host, wanted)) if wanted else None
+        asyncio.run(_serve(settings, listener, admin))
 
 
 def open_source(registry: str, key: VerifyKey, clock: Clock, *, cache: DiskCache | None = None) -> VersionSource:
@@ -80,17 +88,49 @@ def _open_cache(settings: ServeSettings, key: VerifyKey) -> DiskCache | None:
     return DiskCache(Path(settings.cache).expanduser(), key, max_bytes=settings.cache_mb * _MIB)
 
 
-async def _serve(settings: ServeSettings, listener: socket.socket) -> None:
-    import uvicorn
-
+async def _serve(settings: ServeSettings, listener: socket.socket, admin: socket.socket | None) -> None:
     from fedllm.serving.api import Endpoint, create_app
-    from fedllm.serving.native.engine import EngineLimits, open_engine
 
     clock, rng, counters = SystemClock(), OsRng(), Counters()
-    tenants = TenantFile(settings.tenants)
     key = VerifyKey.parse(settings.coordinator_key)
     source = open_source(settings.registry, key, clock, cache=_open_cache(settings, key))
     codec = TextCodec(settings.base)
+    async with AsyncExitStack() as stack:
+        # The meter asks for the queue's length from the first request on, which comes after the engine.
+        engines: list[NativeEngine] = []
+        meter = DemandMeter(clock, lambda: engines[0].stats().waiting if engines else 0)
+        around = await stack.enter_async_context(
+            open_surroundings(settings, clock, rng, counters, service="fedllm-endpoint", observers=[meter])
+        )
+        engine = await _open_engine(settings, rng)
+        engines.append(engine)
+        stack.push_async_callback(engine.close)
+        tiers = Tiers(engine, source, memory_bytes=settings.memory_mb * _MIB, max_waiting=settings.max_waiting)
+        versions = Versions(engine, source, settings.base.resolve().name, tiers=tiers)
+        watcher = AliasWatcher(source, engine, versions, counters, clock, pin_aliases=settings.pin_aliases)
+        endpoint = Endpoint(
+            engine, versions, watcher, codec, around.access, counters, clock, rng,
+            prompt_log=around.prompt_log, feedbacks=around.feedbacks,
+        )  # fmt: skip
+        await stack.enter_async_context(running(watcher.run()))
+        counters.follow("fedllm_tier_leases_total", lambda: asdict(versions.tiers.hits))
+        if admin is not None:
+            scaler = Autoscaler(clock, Bounds(1, MOST_REPLICAS), objective_s=settings.ttft_objective_s)
+            follow_demand(counters, scaler, meter)
+            app = admin_app(
+                around,
+                lambda: counters.render(engine.stats()),
+                lambda: autoscale_body(scaler, meter.demand()),
+            )
+            await stack.enter_async_context(serving_beside(app, admin))
+        event(_LOG, "listening", host=settings.host, port=listener.getsockname()[1], base=versions.base_name)
+        await serve_until_signalled(create_app(endpoint), listener)
+    event(_LOG, "stopped")
+
+
+async def _open_engine(settings: ServeSettings, rng: Rng) -> NativeEngine:
+    from fedllm.serving.native.engine import EngineLimits, open_engine
+
     limits = EngineLimits(
         slots=settings.slots,
         max_rank=settings.max_rank,
@@ -99,7 +139,7 @@ async def _serve(settings: ServeSettings, listener: socket.socket) -> None:
         max_waiting=settings.max_waiting,
         patience_s=settings.slot_patience_s,
     )
-    engine = await open_engine(
+    return await open_engine(
         settings.base,
         base=open_base(settings.base).digest,
         limits=limits,
@@ -108,28 +148,6 @@ async def _serve(settings: ServeSettings, listener: socket.socket) -> None:
         device=settings.device,
         threads=settings.threads,
     )
-    tiers = Tiers(engine, source, memory_bytes=settings.memory_mb * _MIB, max_waiting=settings.max_waiting)
-    versions = Versions(engine, source, settings.base.resolve().name, tiers=tiers)
-    watcher = AliasWatcher(source, engine, versions, counters, clock, pin_aliases=settings.pin_aliases)
-    app = create_app(Endpoint(engine, versions, watcher, codec, tenants, counters, clock, rng))
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=_DRAIN_S,
-    )
-    watching = asyncio.create_task(watcher.run())
-    event(_LOG, "listening", host=settings.host, port=listener.getsockname()[1], base=versions.base_name)
-    try:
-        await _serve_until_signalled(uvicorn.Server(config), listener)
-    finally:
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
-        await engine.close()
-    event(_LOG, "stopped")
 
 
 async def _serve_until_signalled(server: uvicorn.Server, listener: socket.socket) -> None:

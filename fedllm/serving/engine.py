@@ -115,11 +115,17 @@ class GenerationRequest:
         How to continue it.
     scope : str
         Requests of one scope share the prefix cache; another scope learns nothing of it, not even by how fast it is.
+    client : str
+        Whose request it is: clients are served in token-fair order, see `fedllm.serving.fair`.
+    weight : float
+        That client's share next to the others'; positive.
     """
 
     prompt: tuple[int, ...] = field(repr=False)
     params: SamplingParams = SamplingParams()
     scope: str = ""
+    client: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -196,6 +202,10 @@ class Lease(Protocol):
 class TokenStream(Protocol):
     """Chunks of one continuation, in order. Whoever asked for it closes it."""
 
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the prefix cache had; 0 before the first chunk."""
+
     def __aiter__(self) -> Self: ...
 
     async def __anext__(self) -> Chunk: ...
@@ -257,7 +267,7 @@ class Engine(Protocol):
         Raises
         ------
         Overloaded
-            If the queue is full.
+            If the queue is full, for this client.
         RequestInvalid
             If prompt and continuation are longer than the endpoint's limit.
         """

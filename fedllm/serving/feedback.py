@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fedllm.errors import NotFound, RequestInvalid
+from fedllm.errors import AnswerUnknown, RequestInvalid
 from fedllm.ids import Digest
+from fedllm.serving.access import Ticket
 from fedllm.serving.records import RequestRecord
 
 ANSWERS_KEPT = 4096
@@ -103,15 +104,21 @@ class Feedbacks:
 
         Raises
         ------
-        NotFound
+        AnswerUnknown
             If this tenant got no such answer, or it was too long ago.
         """
         mine = self._answers.get(tenant)
         found = None if mine is None else mine.get(answer_id)
         if found is None:
-            raise NotFound(f"no answer of this id is remembered here; the last {self._kept} of each tenant are")
+            raise AnswerUnknown(f"no answer of this id is remembered here; the last {self._kept} of each tenant are")
         if found.score != score:
             changed, found.score = found.score != 0, score
             if self._observer is not None:
                 self._observer.note_feedback(found.version, found.alias, score > 0, changed=changed)
         return found.version, found.alias
+
+
+def feedback_body(feedbacks: Feedbacks, ticket: Ticket, rated: Feedback) -> dict[str, Any]:
+    """Take a rating in and return the answer's body; raise `AnswerUnknown` if it is of no answer of this tenant."""
+    version, alias = feedbacks.rate(ticket.caller.tenant.name, rated.id, rated.score)
+    return {"object": "feedback", "id": rated.id, "score": rated.score, "model": alias, "system_fingerprint": version}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Self
 
-from fedllm.errors import RequestInvalid
+from fedllm.errors import FedllmError, RequestInvalid
 from fedllm.ids import Digest
+from fedllm.serving.access import Ticket
 from fedllm.serving.engine import Chunk, Engine, GenerationRequest, Grammar, Lease, TokenStream
 from fedllm.serving.openai import CompletionRequest
 from fedllm.serving.text import StopFilter, TextCodec
@@ -71,6 +73,10 @@ class Generation:
         Released by `aclose`.
     codec : TextCodec
         Turns tokens into text.
+    ticket : Ticket
+        Told of every token that was computed, read or not.
+    keep_text : bool
+        Whether `answers` has the text that was delivered.
     """
 
     def __init__(
@@ -81,6 +87,9 @@ class Generation:
         prompt: tuple[int, ...],
         lease: Lease,
         codec: TextCodec,
+        ticket: Ticket,
+        *,
+        keep_text: bool = False,
     ) -> None:
         self.id = id
         self.created = created
@@ -89,6 +98,8 @@ class Generation:
         self.completion_tokens = 0
         self._lease = lease
         self._codec = codec
+        self._ticket = ticket
+        self._texts: list[list[str]] | None = [[] for _ in range(request.n)] if keep_text else None
         self._streams: list[TokenStream] = []
 
     async def open(self, engine: Engine, grammar: Grammar | None, *, scope: str) -> Self:
@@ -99,7 +110,13 @@ class Generation:
         params = replace(self.request.params, grammar=grammar)
         try:
             for number in range(self.request.n):
-                asked = GenerationRequest(self.prompt, replace(params, continuation=number), scope)
+                asked = GenerationRequest(
+                    self.prompt,
+                    replace(params, continuation=number),
+                    scope,
+                    client=self._ticket.caller.tenant.name,
+                    weight=self._ticket.weight,
+                )
                 self._streams.append(engine.generate(self._lease, asked))
         except BaseException:
             await self._close_streams()
@@ -111,12 +128,23 @@ class Generation:
         """Digest of the version that answers, from the first token to the last."""
         return self._lease.digest
 
-    async def chunks(self) -> AsyncIterator[TextChunk]:
+    @property
+    def cached_tokens(self) -> int:
+        """How much of the prompt the prefix cache had; 0 before the first token."""
+        return self._streams[0].cached_tokens if self._streams else 0
+
+    @property
+    def answers(self) -> list[str]:
+        """Text of every continuation as far as it was delivered; none if it is not kept."""
+        return ["".join(texts) for texts in self._texts or ()]
+
+    async def chunks(self) -> AsyncGenerator[TextChunk, None]:
         """Yield pieces as they come, of all continuations; an error of one ends all."""
         sources = [self._continuation(index, stream) for index, stream in enumerate(self._streams)]
         if len(sources) == 1:
-            async for chunk in sources[0]:
-                yield chunk
+            async with aclosing(sources[0]) as source:
+                async for chunk in source:
+                    yield chunk
             return
         waiting = {asyncio.ensure_future(anext(source)): source for source in sources}
         try:
@@ -136,19 +164,33 @@ class Generation:
             await asyncio.gather(*waiting, return_exceptions=True)
 
     async def aclose(self) -> None:
-        """Cancel what is left and let go of the version."""
+        """Cancel what is left and let go of the version; what was computed and never read is counted."""
         with self._lease:
+            for stream in self._streams:
+                await self._count_unread(stream)
+            self._ticket.cached(self.cached_tokens)
             await self._close_streams()
 
     async def _close_streams(self) -> None:
         for stream in self._streams:
             await stream.aclose()
 
-    async def _continuation(self, index: int, stream: TokenStream) -> AsyncIterator[TextChunk]:
+    async def _count_unread(self, stream: TokenStream) -> None:
+        # What is there comes without waiting; the first wait ends it. An error was nobody's to read either.
+        with suppress(TimeoutError, FedllmError):
+            async with asyncio.timeout(0):
+                async for chunk in stream:
+                    self._count(chunk)
+
+    def _count(self, chunk: Chunk) -> None:
+        self.completion_tokens += len(chunk.token_ids)
+        self._ticket.token(len(chunk.token_ids))
+
+    async def _continuation(self, index: int, stream: TokenStream) -> AsyncGenerator[TextChunk, None]:
         decoder, stops, calls = self._codec.decoder(), StopFilter(self.request.stop), CallReader(self.request.tools)
         first, offset = True, 0
         async for chunk in stream:
-            self.completion_tokens += len(chunk.token_ids)
+            self._count(chunk)
             tokens = self._report(chunk)
             text = stops.feed(decoder.feed(chunk.token_ids))
             reason: str | None = "stop" if stops.hit else chunk.finish_reason
@@ -160,6 +202,8 @@ class Generation:
                 rest, found = calls.finish()
                 text += rest
                 reason = "tool_calls" if found else reason
+            if self._texts is not None:
+                self._texts[index].append(text)
             yield TextChunk(index, text, tokens, reason, found, first, offset)
             if reason is not None:
                 await stream.aclose()

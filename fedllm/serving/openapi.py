@@ -152,6 +152,13 @@ _SCORE: Schema = {
     "required": ["model", "prompt_token_ids", "token_ids"],
 }
 
+_FEEDBACK: Schema = {
+    "type": "object",
+    "properties": {"id": {"type": "string", "minLength": 1, "maxLength": 128}, "score": {"enum": [1, -1]}},
+    "required": ["id", "score"],
+    "additionalProperties": False,
+}
+
 _ERROR: Schema = {
     "type": "object",
     "properties": {
@@ -170,11 +177,39 @@ _ERROR: Schema = {
 }
 _REFUSALS = {
     "400": "the request is malformed or beyond a limit, which the message names",
-    "401": "the key is missing or unknown",
+    "401": "the key is missing, unknown, revoked or expired, or may not speak for the tenant that a header names",
     "404": "the model does not exist, or this key may not use it",
-    "429": "the queue is full; Retry-After says when to come back",
+    "429": "the queue is full, or a limit of the tenant's is reached, which the message names; see Retry-After",
     "503": "not ready yet",
 }
+
+_USAGE: Schema = {
+    "type": ["object", "null"],
+    "properties": {
+        **{name: {"type": "integer", "minimum": 0} for name in ("prompt_tokens", "completion_tokens", "total_tokens")},
+        "prompt_tokens_details": {
+            "type": "object",
+            "properties": {"cached_tokens": {"type": "integer", "minimum": 0}},
+            "required": ["cached_tokens"],
+        },
+    },
+    "required": ["prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details"],
+}
+_ANSWER: Schema = {"type": "object", "properties": {"usage": _USAGE}, "required": ["id", "model", "choices", "usage"]}
+_RATES: Schema = {
+    f"x-ratelimit-{what}-{kind}": {"description": text, "schema": _TEXT}
+    for what, text in {
+        "limit": "what a minute brings, if it is limited",
+        "remaining": "what is left of it",
+        "reset": "seconds until nothing is used, as 1.500s",
+    }.items()
+    for kind in ("requests", "tokens")
+}
+_KEY = (
+    "A tenant's key. With a router's key, x-fedllm-tenant, x-fedllm-weight and x-fedllm-scope say whom a request is "
+    "for, its share of the engine and whose prefix cache it uses; with any other key they are refused."
+)
+_RETRY: Schema = {"retry-after": {"description": "seconds after which the same request passes", "schema": _TEXT}}
 
 
 def openapi_document() -> dict[str, Any]:
@@ -183,33 +218,48 @@ def openapi_document() -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "fedllm endpoint", "version": "1"},
         "security": [{"key": []}],
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": _KEY}}},
         "paths": {
             "/v1/models": {"get": _operation("List the models that the key may use")},
-            "/v1/chat/completions": {"post": _operation("Continue a conversation", _CHAT, stream=True)},
-            "/v1/completions": {"post": _operation("Continue a text", _COMPLETION, stream=True)},
+            "/v1/chat/completions": {"post": _operation("Continue a conversation", _CHAT, _ANSWER)},
+            "/v1/completions": {"post": _operation("Continue a text", _COMPLETION, _ANSWER)},
             "/v1/score": {"post": _operation("Value given tokens as a continuation", _SCORE)},
-            "/health": {"get": {**_operation("Liveness; more with a key", refusals=False), "security": []}},
+            "/v1/feedback": {"post": _operation("Say whether an answer was good", _FEEDBACK)},
+            "/health": {"get": _health()},
             "/metrics": {"get": _operation("Counters in Prometheus' text format", media="text/plain")},
         },
     }
 
 
+def _health() -> dict[str, Any]:
+    made = _operation("Liveness; more with a key", refusals=False)
+    made["responses"]["503"] = {
+        **made["responses"]["200"],
+        "description": "the engine has failed; restart the endpoint",
+    }
+    return {**made, "security": []}
+
+
 def _operation(
     summary: str,
     body: Schema | None = None,
+    streamed: Schema | None = None,
     *,
     media: str = "application/json",
-    stream: bool = False,
     refusals: bool = True,
 ) -> dict[str, Any]:
-    answer: Schema = {media: {"schema": {"type": "string" if media == "text/plain" else "object"}}}
-    if stream:
+    """Return an operation; `streamed` is the answer of one that may also be had as events."""
+    schema = streamed or {"type": "string" if media == "text/plain" else "object"}
+    answer: Schema = {media: {"schema": schema}}
+    if streamed is not None:
         answer["text/event-stream"] = {"schema": _TEXT}
     responses: dict[str, Any] = {"200": {"description": "the answer", "content": answer}}
     if refusals:
         refused = {"application/json": {"schema": _ERROR}}
         responses |= {code: {"description": text, "content": refused} for code, text in _REFUSALS.items()}
+        responses["429"]["headers"] = _RETRY | _RATES
+        if media != "text/plain":
+            responses["200"]["headers"] = _RATES
     made: dict[str, Any] = {"summary": summary, "responses": responses}
     if body is not None:
         made["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}

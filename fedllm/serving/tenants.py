@@ -1,61 +1,72 @@
-"""Who may ask the endpoint, and for what: hashed API keys and default-deny access lists in a TOML file.
-
-A key is 256 random bits, so a plain SHA-256 of it cannot be searched; the file holds nothing that logs in.
-"""
+"""Who may ask the endpoint, and for what: tenants, their hashed API keys, and the file that they are in."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import dataclasses
 import hmac
-import json
 import logging
-import os
 import re
-import tomllib
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from fedllm.errors import AuthenticationError, ConfigError, FedllmError, NotFound
-from fedllm.ids import check_alias, check_name
-from fedllm.rng import KEY_BYTES, OsRng, Rng
+from fedllm.clock import Clock, SystemClock
+from fedllm.errors import AuthenticationError, ConfigError, FedllmError
+from fedllm.rng import OsRng, Rng
+from fedllm.serving.keys import ApiKey, hash_key, new_secret
+from fedllm.serving.quota import Limits
+from fedllm.serving.tenant_file import BASE_ACCESS, RETENTION_DAYS, Tenant, TenantTable, format_table, parse_table
+from fedllm.serving.tenant_toml import locked, read_tables, write_tables
 from fedllm.telemetry import event
 
-BASE_ACCESS = "base"
-"""In an access list: the base model without an adapter."""
-_PREFIX = "fedllm-"
-_DIGEST = re.compile("[0-9a-f]{64}")
-_FIELDS = {"key_sha256", "allow"}
+__all__ = [
+    "BASE_ACCESS",
+    "RETENTION_DAYS",
+    "Tenant",
+    "TenantFile",
+    "TenantTable",
+    "authenticate",
+    "create_tenant",
+    "edit_table",
+    "load_table",
+    "load_tenants",
+    "new_key",
+]
 _LOG = logging.getLogger("fedllm.serving.tenants")
 
 
-@dataclass(frozen=True)
-class Tenant:
-    """A tenant and what it may use.
+def load_table(path: Path) -> TenantTable:
+    """Read the file.
 
-    Parameters
-    ----------
-    name : str
-        The tenant's name.
-    key_sha256 : str
-        Hex SHA-256 of its API key.
-    allow : tuple of str
-        Aliases it may use, and ``base`` for the base model; nothing else is visible to it.
-    operator : bool
-        Whether it sees the whole endpoint's counters: they tell of other tenants.
+    Raises
+    ------
+    NotFound
+        If there is no file.
+    ConfigError
+        If it is malformed; the message names the tenant and the key, an unknown key's hint the nearest known one.
     """
-
-    name: str
-    key_sha256: str = field(repr=False)
-    allow: tuple[str, ...] = ()
-    operator: bool = False
-
-    def may_use(self, name: str) -> bool:
-        """Whether an alias (or ``base``) is on the access list."""
-        return name in self.allow
+    return parse_table(read_tables(path), str(path))
 
 
-def create_tenant(path: Path, name: str, allow: list[str], *, operator: bool = False, rng: Rng | None = None) -> str:
+def load_tenants(path: Path) -> list[Tenant]:
+    """Return the tenants of the file; raises what `load_table` raises."""
+    return list(load_table(path).tenants)
+
+
+def create_tenant(
+    path: Path,
+    name: str,
+    allow: Sequence[str],
+    *,
+    operator: bool = False,
+    rng: Rng | None = None,
+    clock: Clock | None = None,
+    router: bool = False,
+    weight: float = 1.0,
+    limits: Limits | None = None,
+    share_cache: bool = False,
+    log_prompts: bool = False,
+    expires_s: float | None = None,
+) -> str:
     """Add a tenant to the file and return its key, which is stored nowhere.
 
     Parameters
@@ -64,74 +75,92 @@ def create_tenant(path: Path, name: str, allow: list[str], *, operator: bool = F
         The TOML file; made if it does not exist, readable by its owner only.
     name : str
         A new tenant's name.
-    allow : list of str
-        Aliases ``tenant/name`` it may use, and ``base`` for the base model.
-    operator : bool
-        Whether its key reads the whole endpoint's counters.
+    allow : sequence of str
+        Aliases ``tenant/name`` it may use, ``base`` for the base model; ``*`` for a router.
+    operator, router, weight, limits, share_cache, log_prompts
+        See `Tenant`.
     rng : Rng, optional
         Source of the key; the operating system by default.
+    clock : Clock, optional
+        Stamps the key; the machine's by default.
+    expires_s : float, optional
+        Seconds that the key lives; for ever by default.
 
     Raises
     ------
     ConfigError
-        If the name is taken or an alias is malformed.
+        If the name is taken, or an alias or a value is malformed.
     """
-    check_name(name, what="tenant")
-    for entry in allow:
-        _check_access(entry)
-    tenants = load_tenants(path) if path.exists() else []
-    if any(tenant.name == name for tenant in tenants):
-        raise ConfigError(f"tenant {name!r} is in {path} already", hint="choose another name")
-    key = _PREFIX + base64.urlsafe_b64encode((rng or OsRng()).token(KEY_BYTES)).rstrip(b"=").decode()
-    _write(path, [*tenants, Tenant(name, _hash(key), tuple(allow), operator)])
-    return key
+    now = (clock or SystemClock()).now()
+    key, secret = new_key((), rng or OsRng(), now, expires=None if expires_s is None else now + expires_s)
+    made = Tenant(name, (key,), tuple(allow), operator, router, weight, limits or Limits(), share_cache, log_prompts)
+
+    def add(table: TenantTable) -> TenantTable:
+        if table.tenant(name) is not None:
+            raise ConfigError(f"tenant {name!r} is in {path} already", hint="choose another name")
+        return dataclasses.replace(table, tenants=(*table.tenants, made))
+
+    edit_table(path, add, create=True)
+    return secret
 
 
-def load_tenants(path: Path) -> list[Tenant]:
-    """Read the file.
+def edit_table(path: Path, edit: Callable[[TenantTable], TenantTable], *, create: bool = False) -> None:
+    """Change the file under its lock; what would not be read again is not written.
 
-    Raises
-    ------
-    NotFound
-        If there is no file.
-    ConfigError
-        If it is malformed; the message names the tenant and the field.
+    Parameters
+    ----------
+    path : Path
+    edit : callable
+        Returns the new table, or raises and leaves the file as it is.
+    create : bool
+        Whether to begin with an empty table where there is no file.
     """
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFound(f"there is no tenants file {path}", hint="fedllm tenant add NAME --allow ALIAS") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML ({error})") from None
-    tenants = []
-    for name, table in tables.items():
-        check_name(name, what="tenant")
-        if not isinstance(table, dict) or not _FIELDS <= set(table) <= _FIELDS | {"operator"}:
-            raise ConfigError(f"tenant {name!r} in {path} needs exactly key_sha256 and allow, and may have operator")
-        digest, allow, operator = table["key_sha256"], table["allow"], table.get("operator", False)
-        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest) or not isinstance(allow, list):
-            raise ConfigError(f"tenant {name!r} in {path}: key_sha256 has 64 hex digits, allow is a list")
-        if not isinstance(operator, bool):
-            raise ConfigError(f"tenant {name!r} in {path}: operator is true or false")
-        tenants.append(Tenant(name, digest, tuple(_check_access(entry) for entry in allow), operator))
-    return tenants
+    if not create and not path.exists():
+        read_tables(path)
+    with locked(path):
+        table = TenantTable() if create and not path.exists() else load_table(path)
+        tables = format_table(edit(table))
+        parse_table(tables, str(path))
+        write_tables(path, tables)
 
 
-def authenticate(tenants: list[Tenant], key: str) -> Tenant:
-    """Return the tenant whose key this is; every hash is compared, in constant time.
+def new_key(keys: Sequence[ApiKey], rng: Rng, now: float, *, expires: float | None = None) -> tuple[ApiKey, str]:
+    """Return what is kept of a further key of a tenant, and the key."""
+    numbers = [int(key.name[4:]) for key in keys if re.fullmatch("key-[0-9]{1,9}", key.name)]
+    secret = new_secret(rng)
+    return ApiKey(f"key-{max(numbers, default=0) + 1}", hash_key(secret), float(int(now)), expires), secret
+
+
+def authenticate(tenants: Iterable[Tenant], secret: str, now: float) -> tuple[Tenant, ApiKey]:
+    """Return whose key this is, and which; every hash is compared, in constant time.
+
+    Parameters
+    ----------
+    tenants : iterable of Tenant
+    secret : str
+        The key, as it was sent.
+    now : float
+        Seconds since the Unix epoch.
 
     Raises
     ------
     AuthenticationError
-        If it is nobody's.
+        If it is nobody's; or if it was revoked or has expired, which only who has it is told.
     """
-    digest = _hash(key)
-    found: Tenant | None = None
+    digest = hash_key(secret)
+    found: tuple[Tenant, ApiKey] | None = None
     for tenant in tenants:
-        if hmac.compare_digest(digest, tenant.key_sha256):
-            found = tenant
+        for key in tenant.keys:
+            if hmac.compare_digest(digest, key.sha256):
+                found = tenant, key
     if found is None:
         raise AuthenticationError("the API key is missing or not known here", hint="fedllm tenant add prints one")
+    state = found[1].state(now)
+    if state != "valid":
+        verb = "has expired" if state == "expired" else "was revoked"
+        raise AuthenticationError(
+            f"the API key {found[1].name!r} {verb}", hint="ask the operator for a new one: fedllm tenant rotate"
+        )
     return found
 
 
@@ -153,20 +182,25 @@ class TenantFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen = self._stamp()
-        self._tenants = load_tenants(path)
+        self._table = load_table(path)
         self._logged: object = None
 
-    def authenticate(self, key: str) -> Tenant:
-        """Return the tenant whose key this is, or raise `AuthenticationError`."""
+    @property
+    def table(self) -> TenantTable:
+        """What the file says now, or said when it could last be read."""
         self._refresh()
-        return authenticate(self._tenants, key)
+        return self._table
+
+    def authenticate(self, secret: str, now: float) -> tuple[Tenant, ApiKey]:
+        """Return whose key this is, and which, or raise `AuthenticationError`."""
+        return authenticate(self.table.tenants, secret, now)
 
     def _refresh(self) -> None:
         stamp = self._stamp()
         if stamp is not None and stamp == self._seen:
             return
         try:
-            self._tenants = load_tenants(self._path)
+            self._table = load_table(self._path)
             self._seen, self._logged = stamp, None
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the file, the last good list serves on
             failure = error.code if isinstance(error, FedllmError) else type(error).__name__
@@ -180,35 +214,3 @@ class TenantFile:
         except OSError:
             return None
         return stat.st_mtime_ns, stat.st_ino, stat.st_size
-
-
-def _check_access(entry: object) -> str:
-    if entry == BASE_ACCESS:
-        return BASE_ACCESS
-    if not isinstance(entry, str):
-        raise ConfigError(f"an access list holds aliases as text, a {type(entry).__name__} found")
-    return check_alias(entry)
-
-
-def _hash(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()
-
-
-def _write(path: Path, tenants: list[Tenant]) -> None:
-    # Names, digests and aliases are plain ASCII, whose JSON form is also TOML.
-    tables = [
-        f"[{t.name}]\nkey_sha256 = {json.dumps(t.key_sha256)}\nallow = {json.dumps(list(t.allow))}\n"
-        + ("operator = true\n" if t.operator else "")
-        for t in tenants
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".new")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write("\n".join(tables))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ a copy into the slot it used, is executed.
 from __future__ import annotations
 
 import asyncio
+import math
 import queue
 import threading
 from collections.abc import Callable
@@ -20,11 +21,12 @@ from typing import cast
 import torch
 
 from fedllm.adapter import AdapterState
-from fedllm.errors import Overloaded, ProcessDied, RequestInvalid
+from fedllm.errors import ProcessDied, RequestInvalid
 from fedllm.ids import Digest
 from fedllm.kernels import BASE_SLOT
 from fedllm.rng import Rng
 from fedllm.serving.engine import EngineStats, GenerationRequest, Lease, SamplingParams, TokenScore
+from fedllm.serving.fair import Places
 from fedllm.serving.native.admission import SlotQueue
 from fedllm.serving.native.blocks import BlockPool
 from fedllm.serving.native.graphs import DecodeGraphs, decode_graphs
@@ -68,6 +70,7 @@ class NativeEngine:
         self._slots = SlotTable(limits.slots, patience_s=limits.patience_s, patience_requests=limits.patience_requests)
         self._queue = SlotQueue(self._slots)
         self._streams: dict[int, QueueStream] = {}
+        self._places = Places(limits.max_running + limits.max_waiting, limits.max_waiting)
         self._replies: set[asyncio.Future[None]] = set()
         self._next_id = 0
         self._stopped = False
@@ -166,14 +169,13 @@ class NativeEngine:
 
     def generate(self, lease: Lease, request: GenerationRequest) -> QueueStream:
         """Admit a request and return its stream; see `fedllm.serving.engine.Engine`."""
-        return self._admit(lease, list(request.prompt), len(request.prompt), request.params, scope=request.scope)
+        return self._admit(lease, request)
 
     async def score(self, lease: Lease, prompt: Seq[int], tokens: Seq[int]) -> list[TokenScore]:
         """Return the scores of `tokens` as a continuation of `prompt`."""
         if not tokens:
             return []
-        params = SamplingParams(max_tokens=1)
-        stream = self._admit(lease, [*prompt, *tokens], len(prompt), params, scoring=True)
+        stream = self._admit(lease, GenerationRequest(tuple(prompt), SamplingParams(max_tokens=1)), scored=tokens)
         try:
             async for _ in stream:
                 pass
@@ -223,18 +225,10 @@ class NativeEngine:
         self._commands.put(execute)
         await reply
 
-    def _admit(
-        self,
-        lease: Lease,
-        tokens: list[int],
-        prompt_length: int,
-        params: SamplingParams,
-        *,
-        scoring: bool = False,
-        scope: str = "",
-    ) -> QueueStream:
+    def _admit(self, lease: Lease, request: GenerationRequest, *, scored: Seq[int] = ()) -> QueueStream:
         self._check_running()
-        total = len(tokens) + (0 if scoring else params.max_tokens)
+        tokens, prompt_length = [*request.prompt, *scored], len(request.prompt)
+        total = len(tokens) + (0 if scored else request.params.max_tokens)
         if total > self.max_model_tokens:
             raise RequestInvalid(
                 f"prompt of {prompt_length} tokens and {total - prompt_length} more are asked for; "
@@ -243,9 +237,8 @@ class NativeEngine:
         vocabulary = self._model.config.vocab_size
         if prompt_length < 1 or min(tokens) < 0 or max(tokens) >= vocabulary:
             raise RequestInvalid(f"a prompt has at least one token, and ids are 0 to {vocabulary - 1}")
-        limit = self._limits.max_running + self._limits.max_waiting
-        if len(self._streams) >= limit:
-            raise Overloaded(f"{limit} requests are in flight, which is the limit", hint="retry later")
+        if not (request.weight > 0 and math.isfinite(request.weight)):
+            raise RequestInvalid(f"the client's weight is {request.weight}, positive and finite is allowed")
         self._next_id += 1
         sequence = Sequence(
             id=self._next_id,
@@ -253,11 +246,14 @@ class NativeEngine:
             version=lease.digest,
             tokens=tokens,
             prompt_length=prompt_length,
-            params=params,
-            scoring=scoring,
-            scope=scope,
-            generator=new_generator(params, self._rng),
+            params=request.params,
+            scoring=bool(scored),
+            scope=request.scope,
+            client=request.client,
+            weight=request.weight,
+            generator=new_generator(request.params, self._rng),
         )
+        self._places.take(sequence.client)
         stream = QueueStream(sequence, self._cancel)
         self._streams[sequence.id] = stream
         self._commands.put(partial(self._scheduler.add, sequence))
@@ -265,6 +261,7 @@ class NativeEngine:
 
     def _cancel(self, sequence: Sequence) -> None:
         if self._streams.pop(sequence.id, None) is not None:
+            self._places.release(sequence.client)
             self._commands.put(partial(self._scheduler.cancel, sequence))
 
     def _check_running(self) -> None:
@@ -278,6 +275,7 @@ class NativeEngine:
                 continue
             if output.ended:
                 del self._streams[output.sequence_id]
+                self._places.release(stream.sequence.client)
             stream.put(output.item)
 
     def _stop(self) -> None:

@@ -4,16 +4,22 @@ Orca (OSDI '22) for iteration-level batching, Sarathi (arXiv 2308.16369) for chu
 one token of each decoding sequence, then fills the token budget with prompt chunks, oldest first. When blocks
 run out the youngest running sequence gives its blocks back and is recomputed later from its tokens.
 
-Nothing overtakes: sequences start in the order in which they came. The oldest running one gets a token or a chunk
-in every step and is never preempted, so a sequence starts at the latest after as many steps as the older ones have
-tokens. One whose beginning another is just computing waits until that is done, and takes the blocks from the cache.
+Clients take turns by tokens (`fedllm.serving.fair`); within a client nothing overtakes: its sequences start in the
+order in which they came. A client is charged for each prompt token that is computed, when it is computed, and for each
+output token, once: not for what the prefix cache had, nor for what is computed again after a preemption.
+
+The longest running one gets a token or a chunk in every step and is never preempted, so a sequence starts at the
+latest after as many steps as those that were taken before it have tokens. Of its own client these are the older ones;
+of each other client, no more is served while it waits than its own client is, over weights, and twice the
+bound U of `fedllm.serving.fair`. Nobody starves. A sequence whose beginning another is just computing waits until
+that is done, and takes the blocks from the cache; so do all that come after it.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 
+from fedllm.serving.fair import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
 from fedllm.serving.native.blocks import BlockPool
 from fedllm.serving.native.sequence import Sequence
 
@@ -50,7 +56,7 @@ class Scheduler:
         self.pool = pool
         self.max_running = max_running
         self.max_step_tokens = max_step_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: FairQueue[Sequence] = FairQueue()
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.prefix_hit_tokens = 0
@@ -66,14 +72,14 @@ class Scheduler:
         most = len(sequence.tokens) + (0 if sequence.scoring else sequence.params.max_tokens)
         if self.pool.needed(most, 0) > self.pool.count:
             raise ValueError(f"sequence needs {self.pool.needed(most, 0)} blocks, there are {self.pool.count}")
-        self.waiting.append(sequence)
+        self.waiting.push(sequence.client, sequence, weight=sequence.weight)
 
     def cancel(self, sequence: Sequence) -> None:
         """Drop a sequence wherever it is; nothing happens if it has already ended."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
-        elif sequence in self.waiting:
+        else:
             self.waiting.remove(sequence)
 
     def schedule(self) -> list[Work]:
@@ -93,15 +99,18 @@ class Scheduler:
             chosen.append(Work(sequence, count))
             budget -= count
             index += 1
-        while self.waiting and budget > 0 and len(self.running) < self.max_running:
-            if preempted != self.preemptions or self._soon_cached(self.waiting[0]):
+        # Charged before anybody is admitted: who comes next is decided by what this step is for.
+        for work in chosen:
+            self._charge_given(work)
+        while budget > 0 and len(self.running) < self.max_running and preempted == self.preemptions:
+            head = self.waiting.peek()
+            admitted = None if head is None or self._soon_cached(head) else self._admit(head, budget)
+            if admitted is None:
                 break
-            work = self._admit(self.waiting[0], budget)
-            if work is None:
-                break
-            self.running.append(self.waiting.popleft())
-            chosen.append(work)
-            budget -= work.count
+            self.running.append(self.waiting.pop())
+            self._charge_given(admitted)
+            chosen.append(admitted)
+            budget -= admitted.count
         return chosen
 
     def finish(self, done: list[Work]) -> None:
@@ -112,6 +121,7 @@ class Scheduler:
         for work in done:
             sequence = work.sequence
             sequence.computed += work.count
+            self._charge_generated(sequence)
             self.pool.remember(
                 sequence.cache_root,
                 sequence.tokens,
@@ -149,6 +159,9 @@ class Scheduler:
             self._release(sequence)
             return None
         self.prefix_hit_tokens += sequence.cached
+        if sequence.prompt_cached is None:
+            sequence.prompt_cached = sequence.cached
+        sequence.charged = max(sequence.charged, sequence.cached)
         count = min(sequence.pending, budget)
         sequence.blocks += self.pool.allocate(self.pool.needed(sequence.computed + count, len(sequence.blocks)))
         return Work(sequence, count)
@@ -158,12 +171,25 @@ class Scheduler:
         while need > self.pool.free:
             victim = self.running.pop()
             self._release(victim)
-            self.waiting.appendleft(victim)
+            self.waiting.push_front(victim.client, victim)
             self.preemptions += 1
             if victim is sequence:
                 return False
         sequence.blocks += self.pool.allocate(need)
         return True
+
+    def _charge_given(self, work: Work) -> None:
+        sequence = work.sequence
+        end = min(sequence.computed + work.count, sequence.given)
+        if end > sequence.charged:
+            self.waiting.charge(sequence.client, PROMPT_WEIGHT * (end - sequence.charged))
+            sequence.charged = end
+
+    def _charge_generated(self, sequence: Sequence) -> None:
+        new = len(sequence.tokens) - max(sequence.charged, sequence.given)
+        if new > 0:
+            self.waiting.charge(sequence.client, OUTPUT_WEIGHT * new)
+            sequence.charged = len(sequence.tokens)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

@@ -34,6 +34,15 @@ class Sequence:
         Score the tokens after the prompt and generate none.
     scope : str
         Whose blocks of the prefix cache it may use, and adds to.
+    client : str
+        Who is charged for it.
+    weight : float
+        That client's share next to the others'.
+    charged : int
+        Tokens from the beginning on that are charged, or were in the prefix cache when it was admitted. What is
+        computed again after a preemption is not charged again.
+    prompt_cached : int or None
+        Prompt tokens that the prefix cache had when it was admitted first; None before.
     """
 
     id: int
@@ -44,6 +53,10 @@ class Sequence:
     params: SamplingParams
     scoring: bool = False
     scope: str = ""
+    client: str = ""
+    weight: float = 1.0
+    charged: int = 0
+    prompt_cached: int | None = None
     computed: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -70,6 +83,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens whose keys and values are not in the cache yet; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def given(self) -> int:
+        """Number of tokens that the request came with: the prompt, and what is to be scored."""
+        return len(self.tokens) if self.scoring else self.prompt_length
 
     @property
     def generated(self) -> int:

@@ -53,10 +53,15 @@ class QueueStream:
 
     def __init__(self, sequence: Sequence, close: Callable[[Sequence], None]) -> None:
         self.sequence = sequence
-        self.delivered = 0
         self._chunks: asyncio.Queue[Chunk | FedllmError] = asyncio.Queue()
         self._close = close
+        self._begun = False
         self._ended = False
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that the prefix cache had when the sequence first ran; 0 before the first chunk."""
+        return (self.sequence.prompt_cached or 0) if self._begun else 0
 
     def __aiter__(self) -> Self:
         return self
@@ -68,6 +73,7 @@ class QueueStream:
         if isinstance(item, FedllmError):
             self._ended = True
             raise item
+        self._begun = True
         self._ended = item.finish_reason is not None
         return item
 

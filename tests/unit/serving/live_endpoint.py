@@ -16,13 +16,39 @@ from unit.serving.registry_fake import FakeSource, make_version
 from unit.serving.tiny_llama import make_adapter, make_forcing_adapter, running_engine
 
 from fedllm.clock import SystemClock
+from fedllm.ids import Digest
 from fedllm.rng import OsRng
+from fedllm.serving.access import Access
 from fedllm.serving.api import Endpoint, create_app
+from fedllm.serving.feedback import Feedbacks
 from fedllm.serving.metrics import Counters
+from fedllm.serving.records import RequestRecord
 from fedllm.serving.tenants import TenantFile, create_tenant
 from fedllm.serving.text import TextCodec
 from fedllm.serving.versions import Versions
 from fedllm.serving.watch import AliasWatcher
+
+
+class Heard:
+    """An observer that keeps what it is told."""
+
+    def __init__(self, records: list[RequestRecord]) -> None:
+        self.records = records
+
+    def observe(self, record: RequestRecord) -> None:
+        """Keep it."""
+        self.records.append(record)
+
+
+class Ratings:
+    """Keeps what apps said of answers."""
+
+    def __init__(self, kept: list[tuple[str, str, bool]]) -> None:
+        self._kept = kept
+
+    def note_feedback(self, version: Digest, alias: str, good: bool, *, changed: bool = False) -> None:
+        """Keep one."""
+        self._kept.append((version, alias, good))
 
 
 @contextmanager
@@ -35,7 +61,8 @@ def live_endpoint(
     ------
     SimpleNamespace
         ``url``, ``port``, ``key`` of a tenant who may use everything, ``poor_key`` of one who may use nothing,
-        ``old`` and ``new`` digests, ``letter`` (token of ``B``) and ``engine``.
+        ``old`` and ``new`` digests, ``letter`` (token of ``B``), ``engine``, ``records`` of ended requests, and
+        ``ratings``.
     """
     world = SimpleNamespace(
         key=create_tenant(tenants, "acme", ["acme/tools", "base"]),
@@ -57,8 +84,11 @@ def live_endpoint(
             world.new = source.publish("acme/tools", make_version(forced, 2))
             await watcher.poll()
             codec, clock = TextCodec(folder), SystemClock()
+            world.records, world.ratings = [], []
+            feedbacks = Feedbacks(Ratings(world.ratings))
+            access = Access(TenantFile(tenants), clock, observers=[counters, Heard(world.records), feedbacks])
             endpoint = Endpoint(
-                engine, versions, watcher, codec, TenantFile(tenants), counters, clock, OsRng(), stall_s, body_s
+                engine, versions, watcher, codec, access, counters, clock, OsRng(), stall_s, body_s, feedbacks=feedbacks
             )
             world.engine = engine
             config = uvicorn.Config(create_app(endpoint), log_config=None, access_log=False, lifespan="off", ws="none")

@@ -55,6 +55,25 @@ def test_chat_answers_with_the_alias_version(live, client) -> None:
     assert answer.usage.prompt_tokens == len("<|user|>hello\n<|assistant|>")
 
 
+def test_an_answer_is_rated_by_who_got_it(live, client) -> None:
+    """The version that gave it is credited; a stranger's id is unknown, and a score is 1 or -1."""
+    answer = client.chat.completions.create(model="acme/tools", messages=HELLO, max_tokens=2, temperature=0)
+
+    def rate(key: str, **body: object) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.post(f"{live.url}/v1/feedback", json={"id": answer.id, "score": -1, **body}, headers=headers)
+
+    good = rate(live.key)
+    assert good.status_code == 200
+    assert good.json()["system_fingerprint"] == live.new
+    assert live.ratings == [(live.new, "acme/tools", False)]
+    assert rate(live.key).status_code == 200  # again: once
+    stranger = rate(live.poor_key)
+    assert (stranger.status_code, stranger.json()["error"]["code"]) == (404, "answer-unknown")
+    assert rate(live.key, score=3).status_code == 400
+    assert len(live.ratings) == 1
+
+
 def test_streaming_with_usage(live, client) -> None:
     """Every chunk carries the version; the last one the usage."""
     chunks = list(
@@ -72,6 +91,7 @@ def test_streaming_with_usage(live, client) -> None:
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == 4
+    assert 0 <= chunks[-1].usage.prompt_tokens_details.cached_tokens < chunks[-1].usage.prompt_tokens
 
 
 def test_pins_and_base(live, client) -> None:

@@ -49,7 +49,7 @@ def counted(live) -> dict[str, int]:
             labels, _, value = line.rpartition(" ")
             status = labels.partition('status="')[2].partition('"')[0]
             name = labels.partition("{")[0].removeprefix("fedllm_").removesuffix("_total")
-            found[f"{name} {status}".strip()] = int(value)
+            found[f"{name} {status}".strip()] = int(float(value))
     return found
 
 
@@ -150,7 +150,7 @@ def test_leaving_early_is_counted_once(live, stream: bool) -> None:
     wait_idle(live)
     assert counted(live) == found
     assert found["prompt_tokens"] == 3
-    assert found["completion_tokens"] >= stream
+    assert found.get("completion_tokens", 0) >= stream
     assert found["requests 499"] == 1
     assert "requests 200" not in found
 
