@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
-import signal
 import socket
-from collections.abc import Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +13,7 @@ from typing import TYPE_CHECKING
 from fedllm.basemodel.inspect import open_base
 from fedllm.clock import Clock, SystemClock
 from fedllm.config import ServeSettings
-from fedllm.errors import MissingExtra, PortBusy
+from fedllm.errors import MissingExtra
 from fedllm.identity import VerifyKey
 from fedllm.registry.model import VersionSource
 from fedllm.registry.remote import HttpVersionSource, LocalVersionSource
@@ -33,12 +30,9 @@ from fedllm.serving.watch import AliasWatcher
 from fedllm.telemetry import event
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from fedllm.serving.native.engine import NativeEngine
 
 _LOG = logging.getLogger("fedllm.serving")
-_DRAIN_S = 30
 _MIB = 1 << 20
 
 
@@ -148,41 +142,3 @@ async def _open_engine(settings: ServeSettings, rng: Rng) -> NativeEngine:
         device=settings.device,
         threads=settings.threads,
     )
-
-
-async def _serve_until_signalled(server: uvicorn.Server, listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT; a second one does not wait for running requests.
-
-    uvicorn's own handlers raise the signal again when it has drained, which would end this process before the
-    engine is closed; they are taken back as soon as it is up.
-    """
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    while not server.started and not serving.done():  # noqa: ASYNC110 - uvicorn offers no event
-        await asyncio.sleep(0.01)
-
-    def drain() -> None:
-        event(_LOG, "draining", seconds_at_most=0 if server.should_exit else _DRAIN_S)
-        server.force_exit = server.should_exit
-        server.should_exit = True
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, drain)
-    await serving
-
-
-@contextmanager
-def _listen(host: str, port: int) -> Iterator[socket.socket]:
-    """Bind before the model is loaded, so that a taken port is known at once."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # accepted sockets inherit it; asyncio sets it only where the protocol is named, and a short reply waits 40 ms
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            listener.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            raise PortBusy(f"port {port} on {host} is taken", hint="choose another with --port") from None
-        yield listener
