@@ -18,9 +18,11 @@
     ├── AuthenticationError               4    authentication
     │   └── SignatureInvalid              4    signature-invalid
     ├── NotFound                          5    not-found
+    │   └── AnswerUnknown                 5    answer-unknown
     ├── PeerUnavailable                  69    peer-unavailable
     ├── NotReady                         75    not-ready
     │   └── Overloaded                   75    overloaded
+    │       └── QuotaExceeded            75    quota-exceeded
     ├── ProtocolError                     1    protocol
     │   ├── DecodeError                   1    decode
     │   ├── VersionUnsupported            1    version-unsupported

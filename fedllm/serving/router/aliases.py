@@ -138,6 +138,10 @@ class AliasFollower:
             self._retire(self._models.flip(gone, None))
         for gone in set(self._models.held_back) - set(table.aliases):
             del self._models.held_back[gone]
+        # What was prepared for an alias that has moved on before it was served, nobody else lets go of.
+        wanted = set(table.aliases.values()) | {version.digest for version in self._models.served.values()}
+        for digest in set().union(*(replica.prepared for replica in self._fleet.replicas.values())) - wanted:
+            self._retire(self._known.get(digest))
         moves = [
             self._move(alias, self._known[digest])
             for alias, digest in table.aliases.items()

@@ -95,7 +95,7 @@ async def send(job: Job, place: Place) -> httpx.Response:
             await response.aclose()
     except httpx.HTTPError as error:
         raise ReplicaFailed(type(error).__name__) from None
-    raise _refusal(response.status_code, refusal, job)
+    raise _refusal(response.status_code, refusal, job, str(body["model"]))
 
 
 def check_version(
@@ -141,7 +141,8 @@ def read_object(data: bytes) -> dict[str, Any]:
     return body
 
 
-def _refusal(status: int, data: bytes, job: Job) -> Exception:
+def _refusal(status: int, data: bytes, job: Job, sent: str) -> Exception:
+    """Return what a refusal stands for; a message that names the model as it was `sent` names it as it was asked."""
     if status in (401, 403):
         return ReplicaFailed(f"status {status}: does the router's key hold there?")
     if status == 404 and job.bound.version is not None:
@@ -157,7 +158,6 @@ def _refusal(status: int, data: bytes, job: Job) -> Exception:
     try:
         body = read_object(data)
         error = body["error"]
-        sent = job.bound.alias if job.bound.version is None else f"{job.bound.alias}@{job.bound.digest}"
         error["message"] = str(error["message"]).replace(sent, str(job.asked["model"]))
     except (ReplicaFailed, KeyError, TypeError):
         return ReplicaFailed(f"status {status} without an error object")

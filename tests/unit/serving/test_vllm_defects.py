@@ -24,6 +24,7 @@ from fedllm.registry.model import PrivacyRecord
 from fedllm.registry.remote import LocalVersionSource
 from fedllm.registry.store import Registry, VersionDraft
 from fedllm.rng import OsRng
+from fedllm.serving.access import Access
 from fedllm.serving.api import Endpoint, create_app
 from fedllm.serving.engine import GenerationRequest, SamplingParams
 from fedllm.serving.metrics import Counters
@@ -67,8 +68,8 @@ async def endpoint(folder, tmp_path, source, **sizes) -> AsyncIterator[SimpleNam
     async with running_engine(folder, **{"kv_blocks": 256, **sizes}) as engine:
         versions, counters = Versions(engine, source, "tiny"), Counters()
         watcher = AliasWatcher(source, engine, versions, counters, FakeClock())
-        codec, tenants = TextCodec(folder), TenantFile(tmp_path / "tenants.toml")
-        app = create_app(Endpoint(engine, versions, watcher, codec, tenants, counters, SystemClock(), OsRng()))
+        codec, access = TextCodec(folder), Access(TenantFile(tmp_path / "tenants.toml"), SystemClock())
+        app = create_app(Endpoint(engine, versions, watcher, codec, access, counters, SystemClock(), OsRng()))
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://here", headers={"authorization": f"Bearer {key}"}
         ) as http:
