@@ -28,7 +28,7 @@ demo: $(STAMP)  ## Four owners, a coordinator and an endpoint as real processes:
 	$(BIN)/fedllm demo $(DEMO_FLAGS)
 
 test: $(STAMP)  ## Every test that ends within 12 minutes on two cores, real processes included
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests --ignore tests/slow
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal tests plugins --ignore tests/slow
 
 # fedllm's own pins of cbor2 hold there, those of its command line (rich, typer) do not: vLLM brings newer ones, and
 # the plugin uses neither.
