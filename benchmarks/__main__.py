@@ -22,6 +22,7 @@ NAMES = (
     "serving",
     "kernels",
     "hotswap",
+    "tiers",
     "burst",
     "fairness",
     "gpu_engine",
