@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict
@@ -41,9 +41,9 @@ class ApiState:
     journal: Journal
     schedule: Schedule
     identity: SigningIdentity
-    token: str
+    token: str = field(repr=False)
     stopping: asyncio.Event
-    observer_token: str = ""
+    observer_token: str = field(default="", repr=False)
 
 
 class RoundsWanted(BaseModel):
@@ -106,6 +106,8 @@ def _observer(request: Request) -> None:
         )
 
 
+Seconds = Annotated[float, Query(allow_inf_nan=False)]
+"""No NaN: a timer that is due at no time stands before the timers of everybody else."""
 Operator = Annotated[None, Depends(_operator)]
 Observer = Annotated[None, Depends(_observer)]
 
@@ -139,7 +141,7 @@ def _add_reads(app: FastAPI, state: ApiState) -> None:
 
     @app.get("/v1/blobs/{digest}")
     async def blob(digest: str) -> Response:
-        data = state.registry.blobs.get(check_digest(digest, what="blob name"))
+        data = await asyncio.to_thread(state.registry.blobs.get, check_digest(digest, what="blob name"))
         return Response(data, media_type="application/octet-stream")
 
     @app.get("/v1/versions")
@@ -153,7 +155,7 @@ def _add_reads(app: FastAPI, state: ApiState) -> None:
         return manifest_to_json(state.registry.signed(digest), state.registry.get(digest))
 
     @app.get("/v1/aliases")
-    async def aliases(since: int = -1, wait_s: float = 0.0) -> dict[str, Any]:
+    async def aliases(since: int = -1, wait_s: Seconds = 0.0) -> dict[str, Any]:
         # a waiting reader must not hold up a coordinator that is stopping
         waiting = asyncio.ensure_future(state.registry.aliases_after(since, min(max(wait_s, 0.0), MAX_WAIT_S)))
         stopping = asyncio.ensure_future(state.stopping.wait())

@@ -164,6 +164,7 @@ def _server(app: object) -> uvicorn.Server:
     return Server(
         uvicorn.Config(
             app,  # type: ignore[arg-type]
+            http="h11",  # bounds a request's head; httptools, which would be taken where it is installed, does not
             log_config=None,
             access_log=False,
             lifespan="off",

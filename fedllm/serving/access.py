@@ -270,7 +270,7 @@ class Ticket:
             trace=self._span.trace_id if self._span is not None else "",
         )
         if self._quota is not None:
-            self._quota.leave(self._reserved, self._prompt + self._completion)
+            self._quota.leave(self._reserved, self._prompt + self._completion, self._started)
         if self._span is not None:
             self._span.end(record)
         if not self.caller.delegated:

@@ -130,7 +130,10 @@ def _add_status(app: FastAPI, endpoint: Endpoint) -> None:
 
     @app.get("/metrics")
     async def metrics(request: Request) -> Response:
-        tenant = _visit(request).identify(request.headers).tenant
+        caller = _visit(request).identify(request.headers)
+        tenant = caller.tenant
+        if caller.delegated:  # the router counts for its tenants; one of the same name here is somebody else
+            return PlainTextResponse("", media_type="text/plain")
         text = endpoint.counters.render(endpoint.engine.stats(), None if tenant.operator else tenant)
         return PlainTextResponse(text, media_type="text/plain")
 

@@ -2,6 +2,7 @@
 
 Which version answered which id is remembered for a while, for each tenant on its own: only who got an answer may rate
 it, an id of somebody else's looks like one that never was, and a busy tenant pushes out nobody's answers but its own.
+Where so many tenants are busy that all their answers are too many, whoever has the most loses its oldest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from fedllm.serving.records import RequestRecord
 
 ANSWERS_KEPT = 4096
 """Answers of one tenant that can be rated; the oldest is forgotten first."""
+MOST_ANSWERS = 1 << 17
+"""Answers of all tenants together; about 60 MB."""
 MAX_ID_CHARS = 128
 
 
@@ -62,7 +65,7 @@ def read_feedback(body: object) -> Feedback:
     return Feedback(answer, score)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Answer:
     version: Digest
     alias: str
@@ -78,11 +81,17 @@ class Feedbacks:
         Whom to tell, e.g. a `fedllm.serving.report.Reporter`.
     kept : int
         Answers remembered for each tenant.
+    most : int
+        Answers remembered for all of them.
     """
 
-    def __init__(self, observer: FeedbackObserver | None = None, *, kept: int = ANSWERS_KEPT) -> None:
+    def __init__(
+        self, observer: FeedbackObserver | None = None, *, kept: int = ANSWERS_KEPT, most: int = MOST_ANSWERS
+    ) -> None:
         self._observer = observer
         self._kept = kept
+        self._most = most
+        self._count = 0
         self._answers: dict[str, OrderedDict[str, _Answer]] = {}
 
     def observe(self, record: RequestRecord) -> None:
@@ -90,9 +99,16 @@ class Feedbacks:
         if not record.id or not record.tenant or record.version is None:
             return
         mine = self._answers.setdefault(record.tenant, OrderedDict())
+        self._count += record.id not in mine
         mine[record.id] = _Answer(record.version, record.alias.partition("@")[0])
         if len(mine) > self._kept:
-            mine.popitem(last=False)
+            self._forget(mine)
+        if self._count > self._most:
+            self._forget(max(self._answers.values(), key=len))
+
+    def _forget(self, answers: OrderedDict[str, _Answer]) -> None:
+        answers.popitem(last=False)
+        self._count -= 1
 
     def rate(self, tenant: str, answer_id: str, score: int) -> tuple[Digest, str]:
         """Rate an answer; rating it again the same way counts once, the other way corrects the count.
@@ -110,7 +126,9 @@ class Feedbacks:
         mine = self._answers.get(tenant)
         found = None if mine is None else mine.get(answer_id)
         if found is None:
-            raise AnswerUnknown(f"no answer of this id is remembered here; the last {self._kept} of each tenant are")
+            raise AnswerUnknown(
+                f"no answer of this id is remembered here; at most the last {self._kept} of a tenant are"
+            )
         if found.score != score:
             changed, found.score = found.score != 0, score
             if self._observer is not None:
@@ -120,5 +138,7 @@ class Feedbacks:
 
 def feedback_body(feedbacks: Feedbacks, ticket: Ticket, rated: Feedback) -> dict[str, Any]:
     """Take a rating in and return the answer's body; raise `AnswerUnknown` if it is of no answer of this tenant."""
-    version, alias = feedbacks.rate(ticket.caller.tenant.name, rated.id, rated.score)
+    # What a router's tenant was answered is the router's affair; one of the same name here is somebody else.
+    tenant = "" if ticket.caller.delegated else ticket.caller.tenant.name
+    version, alias = feedbacks.rate(tenant, rated.id, rated.score)
     return {"object": "feedback", "id": rated.id, "score": rated.score, "model": alias, "system_fingerprint": version}

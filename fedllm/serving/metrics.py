@@ -180,7 +180,8 @@ class Counters:
             Show only counters labelled with this tenant, and moves of aliases that it may use; everything by
             default. Histograms, gauges and counts by version tell of everybody's requests, so a tenant sees none.
         """
-        return generate_latest(_View(self._families(engine), tenant)).decode()
+        families = self._families(engine) if tenant is None else self._families_of_tenants()
+        return generate_latest(_View(families, tenant)).decode()
 
     def _families(self, engine: EngineStats | None) -> Iterator[Metric]:
         yield from self._registry.collect()
@@ -191,6 +192,12 @@ class Counters:
             yield _family(name, text, label, values)
         if engine is not None:
             yield from _engine_families(engine)
+
+    def _families_of_tenants(self) -> Iterator[Metric]:
+        # A tenant may ask as often as it likes: what it is not shown is not even collected.
+        for name, (_, labels) in _COUNTERS.items():
+            if "tenant" in labels or name.removesuffix("_total") in _OF_AN_ALIAS:
+                yield from self._counters[name].collect()
 
     def _forget_alias(self, alias: str) -> None:
         for histogram in self._seconds.values():
@@ -213,7 +220,7 @@ class _Names:
         """Return what stands for `name` at a time, seconds."""
         if name not in self._last and len(self._last) >= MOST_NAMES:
             oldest, seen = next(iter(self._last.items()))
-            if now - seen < IDLE_S:
+            if abs(now - seen) < IDLE_S:  # further ahead than that, it was seen before the machine's time was set back
                 return OTHER
             del self._last[oldest]
             self._forget(oldest)

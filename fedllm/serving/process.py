@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 DRAIN_S = 30
+_END_S = 5.0
 _LOG = logging.getLogger("fedllm.serving")
 
 
@@ -64,6 +65,7 @@ async def serve_until_signalled(app: Any, listener: socket.socket) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, drain)
     await serving
+    await _end_requests(server)
 
 
 @asynccontextmanager
@@ -80,6 +82,7 @@ async def serving_beside(app: Any, listener: socket.socket) -> AsyncIterator[Non
     finally:
         server.should_exit = True
         await serving
+        await _end_requests(server)
 
 
 @asynccontextmanager
@@ -94,10 +97,26 @@ async def running(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
             await task
 
 
+async def _end_requests(server: uvicorn.Server) -> None:
+    """Cancel what was not waited for, and let it end: its record must find the stores open."""
+    tasks = list(server.server_state.tasks)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_END_S)
+
+
 def _server(app: Any) -> uvicorn.Server:
     import uvicorn
 
+    # h11 bounds a request's head (16 KiB); httptools, which would be taken where it is installed, does not.
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="off", ws="none", timeout_graceful_shutdown=DRAIN_S
+        app,
+        http="h11",
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        timeout_graceful_shutdown=DRAIN_S,
     )
     return uvicorn.Server(config)

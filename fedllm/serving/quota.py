@@ -6,6 +6,7 @@ was announced is never a rounding error too short.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 
@@ -129,8 +130,7 @@ class Quota:
         self._tokens = _bucket(None, limits.tokens_per_minute, clock)
         self._running = 0
         self._reserved = 0
-        self._month = month_of(clock.now())
-        self._used = 0
+        self._used: Counter[tuple[int, int]] = Counter()
 
     def update(self, limits: Limits) -> None:
         """Take over limits that were changed in the file; what was used stays used."""
@@ -142,9 +142,8 @@ class Quota:
 
     @property
     def used_this_month(self) -> int:
-        """Tokens of requests that this process saw end in the current month."""
-        self._turn_month()
-        return self._used
+        """Tokens of requests that began in the current month and that this process saw end."""
+        return self._used[month_of(self._clock.now())]
 
     def admit(self) -> None:
         """Count one request in, or raise `QuotaExceeded`; a request that is refused uses nothing up."""
@@ -192,12 +191,19 @@ class Quota:
                 raise QuotaExceeded(message, limit="tokens_per_minute", retry_after_s=wait)
         self._reserved += tokens
 
-    def leave(self, reserved: int, used: int) -> None:
-        """End one request that had reserved so much and used so much."""
-        self._turn_month()
+    def leave(self, reserved: int, used: int, began: float | None = None) -> None:
+        """End one request that had reserved so much and used so much.
+
+        Parameters
+        ----------
+        reserved, used : int
+            Tokens.
+        began : float, optional
+            Seconds since the Unix epoch; the month in which it began is charged, as in the usage store. Now by default.
+        """
         self._running -= 1
         self._reserved -= reserved
-        self._used += used
+        self._used[month_of(self._clock.now() if began is None else began)] += used
         if self._tokens is not None:
             self._tokens.give_back(reserved - used)
 
@@ -210,11 +216,6 @@ class Quota:
                 made[f"x-ratelimit-remaining-{kind}"] = str(bucket.remaining)
                 made[f"x-ratelimit-reset-{kind}"] = f"{bucket.reset_s:.3f}s"
         return made
-
-    def _turn_month(self) -> None:
-        month = month_of(self._clock.now())
-        if month != self._month:
-            self._month, self._used = month, 0
 
 
 def month_of(now: float) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Counts by version, sent to the coordinator: how the version that it made is doing where it is served.
 
-Of a request, only the alias, the version and numbers leave the endpoint: no text, no key, no tenant's name. A report
+Of a request, only the alias, the version and numbers leave the endpoint: no text, no key, not who asked. A report
 is one window of time; it is posted again under its number until the coordinator has it, with growing pauses, and no
 request ever waits for it.
 """

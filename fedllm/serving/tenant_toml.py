@@ -7,7 +7,7 @@ import json
 import os
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ def read_tables(path: Path) -> Table:
 
 
 def write_tables(path: Path, tables: Mapping[str, Any]) -> None:
-    """Replace the file, readable by its owner only; comments and order of the old one are lost.
+    """Replace the file, readable by its owner only, who stays; comments and order of the old one are lost.
 
     Parameters
     ----------
@@ -50,10 +50,12 @@ def write_tables(path: Path, tables: Mapping[str, Any]) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             os.fchmod(descriptor, 0o600)
+            _keep_owner(path, descriptor)
             file.write("\n".join(_lines(tables, ())).lstrip("\n") + "\n")
             file.flush()
             os.fsync(descriptor)
         draft.replace(path)
+        _sync_folder(path.parent)  # a power cut must not bring a revoked key back
     finally:
         draft.unlink(missing_ok=True)
 
@@ -74,8 +76,26 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def stamp(seconds: float) -> datetime:
-    """Return seconds since the Unix epoch as TOML has a time, to the second."""
-    return datetime.fromtimestamp(int(seconds), tz=UTC)
+    """Return seconds since the Unix epoch as TOML has a time, to the second; raise `ConfigError` if it has none."""
+    try:
+        return datetime.fromtimestamp(int(seconds), tz=UTC)
+    except (ValueError, OverflowError, OSError):
+        raise ConfigError(f"{seconds:g} s since 1970 is no time until the year 9999", hint="say fewer days") from None
+
+
+def _keep_owner(path: Path, descriptor: int) -> None:
+    """Give a draft the file's owner: an administrator's change must not take the file from who serves it."""
+    with suppress(FileNotFoundError, PermissionError):
+        old = path.stat()
+        os.fchown(descriptor, old.st_uid, old.st_gid)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _lines(table: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[str]:

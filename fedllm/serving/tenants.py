@@ -182,6 +182,7 @@ class TenantFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen = self._stamp()
+        self._malformed: object = None
         self._table = load_table(path)
         self._logged: object = None
 
@@ -197,12 +198,14 @@ class TenantFile:
 
     def _refresh(self) -> None:
         stamp = self._stamp()
-        if stamp is not None and stamp == self._seen:
+        # What cannot be parsed is not parsed again by every request: a long file takes a while.
+        if stamp is not None and stamp in (self._seen, self._malformed):
             return
         try:
             self._table = load_table(self._path)
-            self._seen, self._logged = stamp, None
+            self._seen, self._malformed, self._logged = stamp, None, None
         except Exception as error:  # noqa: BLE001 - whatever is wrong with the file, the last good list serves on
+            self._malformed = stamp if isinstance(error, ConfigError) else None
             failure = error.code if isinstance(error, FedllmError) else type(error).__name__
             if self._logged != (stamp, failure):
                 self._logged = (stamp, failure)

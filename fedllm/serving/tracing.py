@@ -53,7 +53,10 @@ def open_tracer(address: str, service: str) -> OtlpTracer:
     """
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"traces go to an http or https URL, {address!r} found", hint="http://127.0.0.1:4318")
+        raise ConfigError(
+            f"traces go to an http or https URL, one of scheme {parts.scheme[:16]!r} found",
+            hint="http://127.0.0.1:4318",
+        )
     url = parts._replace(path=_PATH if parts.path in ("", "/") else parts.path).geturl()
     # It logs every failure in its own words; ours is one event at the first, and a count.
     logging.getLogger("opentelemetry").addHandler(logging.NullHandler())

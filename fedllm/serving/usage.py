@@ -2,8 +2,8 @@
 
 A record is queued on the event loop and inserted by one thread, in batches, `FLUSH_S` after it came: a process that is
 killed loses at most the last second, as long as the database takes writes. What a database refuses for now waits in a
-bounded queue; when that is full the oldest records are lost, counted and logged. Requests of nobody are not kept:
-who has no key could otherwise fill the disk.
+bounded queue; when that is full the oldest records are lost, counted and logged. Requests of nobody are not kept, and
+none that a limit refused at the door: who may not ask (more) could otherwise fill the disk. Metrics count both.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ _BATCH = 500
 _PAGE = 1000
 _QUEUE = 100_000
 _CATCH_UP_S = 5.0
+_REFUSED = 429
 
 _metadata = sa.MetaData()
 _schema = sa.Table("usage_schema", _metadata, sa.Column("version", sa.Integer, primary_key=True, autoincrement=False))
@@ -108,7 +109,7 @@ class UsageStore:
         self._stored: Counter[tuple[int, str]] = Counter()
         self._pending: Counter[tuple[int, str]] = Counter()
         self._written: Counter[tuple[int, str]] = Counter()
-        self._seen = 0
+        self._seen = self._month = 0
         self._thread: threading.Thread | None = None
         if writer:
             self._catch_up()
@@ -117,7 +118,7 @@ class UsageStore:
 
     def observe(self, record: RequestRecord) -> None:
         """Take one record in; returns at once and never raises."""
-        if not record.tenant:
+        if not record.tenant or (record.status == _REFUSED and not record.id and record.version is None):
             return
         with self._lock:
             self._pending[account(record)] += tokens(record)
@@ -297,21 +298,25 @@ class UsageStore:
     def _catch_up(self) -> None:
         """Count in memory what is new in the tables, whoever wrote it."""
         today = day_of(self._clock.now())
+        # In another month everything is counted anew: the clock may have been set back into one that was over.
+        turned = month_of(today) != self._month
+        seen = 0 if turned else self._seen
         sums = sa.func.sum(_usage.c.prompt_tokens + _usage.c.completion_tokens).label("tokens")
         query = sa.select(_usage.c.tenant, _usage.c.day, sums).where(_usage.c.started >= month_start(today))
         with self._engine.connect() as connection:
             last = _last_serial(connection)
-            new = query.where(_usage.c.serial > self._seen, _usage.c.serial <= last)
-            found = connection.execute(new.group_by(_usage.c.tenant, _usage.c.day)).all() if last > self._seen else []
+            new = query.where(_usage.c.serial > seen, _usage.c.serial <= last)
+            found = connection.execute(new.group_by(_usage.c.tenant, _usage.c.day)).all() if last > seen else []
         with self._lock:
+            if turned:
+                self._stored.clear()
             for row in found:
                 self._stored[month_of(row.day), row.tenant] += int(row.tokens)
             self._pending.subtract(self._written)
-            for counter in (self._stored, self._pending):
-                for past in [a for a, count in counter.items() if not count or a[0] < month_of(today)]:
-                    del counter[past]
+            for stored in [a for a, count in self._pending.items() if not count]:
+                del self._pending[stored]
         self._written.clear()
-        self._seen = last
+        self._seen, self._month = last, month_of(today)
 
 
 def open_usage(url_or_path: str, clock: Clock, *, reading: bool = False) -> UsageStore:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -243,5 +244,46 @@ def test_blobs_are_served_by_digest_only(tmp_path: Path) -> None:
         assert (await desk.client.get(f"/v1/blobs/{'0' * 64}")).status_code == 404
         assert (await desk.client.get("/v1/blobs/registry.sqlite")).status_code == 400
         assert (await desk.client.get("/health")).json() == {"status": "ok"}
+
+    with_api(tmp_path, test)
+
+
+@pytest.mark.parametrize("wait", ["nan", "inf", "-inf"])
+def test_no_wait_without_an_end_is_taken(tmp_path: Path, wait: str) -> None:
+    """A timer that is due at no time would stand before everybody's, and anyone may ask for the table."""
+
+    async def test(desk: Desk) -> None:
+        answer = await desk.client.get(f"/v1/aliases?since=1000&wait_s={wait}", timeout=PATIENCE_S)
+        assert answer.status_code == 422
+        assert "wait_s" in answer.json()["error"]["message"]
+
+    with_api(tmp_path, test)
+
+
+def test_tokens_are_in_no_repr() -> None:
+    """A state that is printed by mistake shows neither token."""
+    nothing: Any = None
+    state = ApiState(nothing, nothing, nothing, nothing, "secret", nothing, "hidden")
+    assert "secret" not in repr(state)
+    assert "hidden" not in repr(state)
+
+
+def test_a_blob_is_read_beside_the_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one reader's blob comes from a slow disk, another is answered."""
+
+    async def test(desk: Desk) -> None:
+        begun, answered = threading.Event(), threading.Event()
+
+        def slow(digest: str) -> bytes:
+            begun.set()
+            assert answered.wait(PATIENCE_S)
+            return b"blob"
+
+        monkeypatch.setattr(desk.world.registry.blobs, "get", slow)
+        reading = asyncio.create_task(desk.client.get(f"/v1/blobs/{'0' * 64}"))
+        await asyncio.to_thread(begun.wait, PATIENCE_S)
+        assert (await desk.client.get("/health")).status_code == 200
+        answered.set()
+        assert (await reading).content == b"blob"
 
     with_api(tmp_path, test)

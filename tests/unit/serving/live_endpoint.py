@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import uvicorn
 from unit.serving.registry_fake import FakeSource, make_version
 from unit.serving.tiny_llama import make_adapter, make_forcing_adapter, running_engine
 
@@ -22,6 +21,7 @@ from fedllm.serving.access import Access
 from fedllm.serving.api import Endpoint, create_app
 from fedllm.serving.feedback import Feedbacks
 from fedllm.serving.metrics import Counters
+from fedllm.serving.process import _server
 from fedllm.serving.records import RequestRecord
 from fedllm.serving.tenants import TenantFile, create_tenant
 from fedllm.serving.text import TextCodec
@@ -91,8 +91,7 @@ def live_endpoint(
                 engine, versions, watcher, codec, access, counters, clock, OsRng(), stall_s, body_s, feedbacks=feedbacks
             )
             world.engine = engine
-            config = uvicorn.Config(create_app(endpoint), log_config=None, access_log=False, lifespan="off", ws="none")
-            world.server = uvicorn.Server(config)
+            world.server = _server(create_app(endpoint))
             await world.server.serve(sockets=[listener])
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from fedllm.serving.access import Access, Caller
 from fedllm.serving.quota import Limits
 from fedllm.serving.records import RequestRecord
 from fedllm.serving.tenants import Tenant, TenantFile, create_tenant
+from fedllm.serving.usage_rows import account
 
 ROUTE = "/v1/completions"
 VERSION = sha256(b"version")
@@ -315,3 +317,15 @@ def test_a_tenant_made_by_hand_needs_only_a_name() -> None:
         False,
         False,
     )
+
+
+def test_door_and_store_charge_the_same_month(tmp_path) -> None:
+    """A request that began before the month's end is that month's, wherever it is counted."""
+    scene = Scene(tmp_path)
+    scene.clock.advance(datetime(2026, 12, 1, tzinfo=UTC).timestamp() - scene.clock.now() - 1)
+    ticket = scene.open("acme")
+    ticket.bound("a", "acme/tools", VERSION, prompt_tokens=10)
+    scene.clock.advance(2)
+    charged = account(ticket.end(200))
+    assert charged == (2026 * 12 + 10, "acme")
+    assert scene.access.spent("acme") == 0

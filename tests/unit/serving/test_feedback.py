@@ -153,3 +153,20 @@ def test_a_busy_tenant_pushes_out_its_own_answers_only() -> None:
         feedbacks.rate("acme", f"chatcmpl-{n}", 1)
     feedbacks.rate("quiet", "quiet", 1)
     assert ANSWERS_KEPT >= 1000
+
+
+def test_all_tenants_together_are_bounded_and_the_busiest_pays() -> None:
+    """Many tenants' answers do not add up without end; who has few keeps them all."""
+    feedbacks = Feedbacks(kept=8, most=10)
+    feedbacks.observe(record("quiet", tenant="quiet"))
+    feedbacks.observe(record("quiet", tenant="quiet"))  # told again, counted once
+    for n in range(8):
+        feedbacks.observe(record(f"busy-{n}", tenant="busy"))
+    for tenant in ("third", "fourth"):
+        feedbacks.observe(record(tenant, tenant=tenant))
+    with pytest.raises(NotFound):
+        feedbacks.rate("busy", "busy-0", 1)
+    for n in range(1, 8):
+        feedbacks.rate("busy", f"busy-{n}", 1)
+    for tenant in ("quiet", "third", "fourth"):
+        feedbacks.rate(tenant, tenant, 1)

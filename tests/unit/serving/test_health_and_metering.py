@@ -197,3 +197,16 @@ def test_a_broken_source_is_a_503_without_its_text(live, monkeypatch) -> None:
     assert "secret place" not in answer.text
     health = get(live, "/health", "acme").json()
     assert health["source_error"] == "OSError"
+
+
+def test_a_router_reads_and_rates_nothing_of_a_namesake(live) -> None:
+    """Its tenant has the name of one of this file's: the two are not the same, and neither counters nor answers are."""
+    answer = post(live, "/v1/completions", ASKED).json()
+    key = create_tenant(live.tenants, "front", ["*"], router=True)
+    headers = {"authorization": f"Bearer {key}", "x-fedllm-tenant": "acme"}
+    counters = httpx.get(f"{live.url}/metrics", headers=headers)
+    assert (counters.status_code, counters.text) == (200, "")
+    rated = httpx.post(f"{live.url}/v1/feedback", headers=headers, json={"id": answer["id"], "score": -1})
+    assert rated.status_code == 404
+    assert live.ratings == []
+    assert post(live, "/v1/feedback", {"id": answer["id"], "score": 1}).status_code == 200

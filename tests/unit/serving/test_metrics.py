@@ -221,3 +221,23 @@ def test_no_time_of_creation_is_exposed() -> None:
     documented = set(metrics._COUNTERS) | set(metrics._SECONDS)
     families = {f.name for f in text_string_to_metric_families(counters.render(None))}
     assert families == {name.removesuffix("_total") for name in documented}
+
+
+def test_what_a_tenant_is_not_shown_is_not_even_read() -> None:
+    """Tenants scrape as often as they like: no readings are made for them, and no histograms of all aliases."""
+    counters, read = Counters(), []
+    counters.observe(RECORD)
+    counters.follow("fedllm_backlog_tokens", lambda: read.append(1) or 0.0)
+    assert 'tenant="acme"' in counters.render(STATS, Tenant("acme"))
+    assert read == []
+    counters.render(STATS)
+    assert read == [1]
+
+
+def test_names_seen_in_a_future_that_was_none_make_room() -> None:
+    """A machine that began with the wrong year: when its time is set back, new names still find room."""
+    counters = Counters()
+    for number in range(MOST_NAMES):
+        counters.observe(replace(RECORD, alias=f"acme/a{number}", started=RECORD.started + 1e9))
+    counters.observe(replace(RECORD, alias="acme/now"))
+    assert value(counters.render(None), "fedllm_request_seconds_count", alias="acme/now") == 1

@@ -233,3 +233,18 @@ def test_headers_are_openais() -> None:
         "x-ratelimit-reset-tokens": "1.500s",
     }
     assert Quota(Limits(concurrent=1), FakeClock()).headers() == {}
+
+
+def test_a_request_counts_in_the_month_in_which_it_began() -> None:
+    """As in the usage store; and a clock set back over the month's end does not make the budget whole again."""
+    start = datetime(2026, 12, 31, 23, 59, 58, tzinfo=UTC).timestamp()
+    clock = FakeClock(start)
+    quota = Quota(Limits(tokens_per_month=100), clock)
+    quota.reserve(90, 0)
+    clock.advance(4.0)
+    quota.leave(90, 80, start)
+    assert quota.used_this_month == 0
+    quota.leave(0, 5, clock.now())
+    assert quota.used_this_month == 5
+    clock.advance(-4.0)
+    assert quota.used_this_month == 80

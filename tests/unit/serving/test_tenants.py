@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from fedllm.clock import FakeClock
 from fedllm.errors import AuthenticationError, ConfigError, NotFound
 from fedllm.rng import SeededRng
+from fedllm.serving import tenants as tenants_module
 from fedllm.serving.keys import ApiKey, hash_key
 from fedllm.serving.quota import Limits
 from fedllm.serving.tenant_changes import change_access, remove_tenant, revoke_keys, rotate_key, set_limits
@@ -299,3 +301,48 @@ def test_a_file_broken_while_served_keeps_the_last_good_list(tmp_path, caplog, h
     path.write_text(good)
     late = create_tenant(path, "late", [])
     assert tenants.authenticate(late, NOW)[0].name == "late"
+
+
+def test_a_broken_file_is_parsed_once_and_not_by_every_request(tmp_path, monkeypatch) -> None:
+    """A slip of the pen in a long file must not stop the loop at each request; the mended file is read at once."""
+    path = tmp_path / "t.toml"
+    key = create_tenant(path, "acme", [])
+    tenants, good, reads = TenantFile(path), path.read_text(), []
+    load = tenants_module.load_table
+    monkeypatch.setattr(tenants_module, "load_table", lambda path: (reads.append(path), load(path))[1])
+    path.write_text(good + "[tenants")
+    for _ in range(5):
+        assert tenants.authenticate(key, NOW)[0].name == "acme"
+    assert len(reads) == 1
+    path.write_text(good.replace("acme", "other"))
+    assert tenants.authenticate(key, NOW)[0].name == "other"
+    assert len(reads) == 2
+
+
+def test_a_change_leaves_the_file_to_its_owner(tmp_path, monkeypatch) -> None:
+    """An administrator who revokes a key must not lock out the service, which would then go on taking that key."""
+    path, given = tmp_path / "t.toml", []
+    create_tenant(path, "acme", [])
+    monkeypatch.setattr(os, "fchown", lambda descriptor, user, group: given.append((user, group)))
+    set_limits(path, "acme", {"concurrent": 3})
+    stat = path.stat()
+    assert given == [(stat.st_uid, stat.st_gid)]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_change_by_root_leaves_the_file_to_its_owner(tmp_path) -> None:
+    """The same without a double."""
+    path = tmp_path / "t.toml"
+    create_tenant(path, "acme", [])
+    os.chown(path, 1234, 1235)
+    set_limits(path, "acme", {"concurrent": 3})
+    assert (path.stat().st_uid, path.stat().st_gid) == (1234, 1235)
+
+
+@pytest.mark.parametrize("days", [float("nan"), float("inf"), 1e9, 1e18])
+def test_a_life_beyond_the_calendar_is_an_error(tmp_path, days: float) -> None:
+    """It is named, and no file is left behind."""
+    path = tmp_path / "t.toml"
+    with pytest.raises(ConfigError, match="is no time"):
+        create_tenant(path, "acme", [], expires_s=days * 86_400)
+    assert not path.exists()

@@ -274,6 +274,13 @@ def test_a_receiver_that_hangs_fills_a_bounded_queue(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("address", ["collector:4318", "ftp://collector", "http://", "traces.jsonl"])
 def test_an_address_that_is_no_url_is_named(address: str) -> None:
-    """The value found and what is allowed."""
+    """With what is allowed."""
     with pytest.raises(ConfigError, match="http or https URL"):
         open_tracer(address, "endpoint")
+
+
+def test_an_address_is_not_said_again_with_its_password() -> None:
+    """What stands before the host is a secret."""
+    with pytest.raises(ConfigError, match="'grpc'") as caught:
+        open_tracer("grpc://me:secret@collector:4317", "endpoint")
+    assert "secret" not in str(caught.value)

@@ -436,3 +436,30 @@ def test_a_moment_that_is_none_is_named(text: str) -> None:
     """The error names what was given and how it should look."""
     with pytest.raises(ConfigError, match="since is"):
         utc_seconds(text, what="since")
+
+
+def test_a_clock_set_back_over_the_months_end_does_not_renew_the_budget(tmp_path: Path) -> None:
+    """A machine that believed in December for a while knows in November again what November has used."""
+    clock = FakeClock(NOW)
+    with opened(tmp_path / "usage.db", clock) as store:
+        store.observe(record())
+        wait_until(lambda: not +store._pending)
+        clock.advance(DECEMBER - NOW)
+        store.observe(record(started=DECEMBER, prompt_tokens=7, completion_tokens=0))
+        wait_until(lambda: not +store._pending)
+        assert store.spent("acme") == 7
+        clock.advance(NOW - DECEMBER)
+        store.observe(record())
+        wait_until(lambda: store.spent("acme") == 30)
+        clock.advance(DECEMBER - NOW)
+        wait_until(lambda: store.spent("acme") == 7)
+
+
+def test_who_has_used_up_a_limit_fills_no_disk(tmp_path: Path) -> None:
+    """What was refused at the door used nothing and is no row; what was refused later, or computed, is one."""
+    with opened(tmp_path / "usage.db") as store:
+        store.observe(record(id="", version=None, status=429, prompt_tokens=0, completion_tokens=0))
+        store.observe(record(id="late", status=429))
+        store.observe(record(id="", version=None, status=400))
+    with opened(tmp_path / "usage.db") as store:
+        assert [(row.record.id, row.record.status) for row in store.rows()] == [("late", 429), ("", 400)]
