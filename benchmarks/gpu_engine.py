@@ -83,9 +83,7 @@ def make_model(setting: Setting) -> LlamaModel:
 
     def layer() -> LayerWeights:
         shapes = {group: [config.projection_shape(m) for m in modules] for group, modules in GROUPS.items()}
-        linears = {
-            g: new_linear(draw(sum(o for o, _ in s), s[0][1], scale=s[0][1] ** -0.5)) for g, s in shapes.items()
-        }
+        linears = {g: new_linear(draw(sum(o for o, _ in s), s[0][1], scale=s[0][1] ** -0.5)) for g, s in shapes.items()}
         ones = torch.ones(config.hidden_size, dtype=setting.dtype, device=setting.device)
         return LayerWeights(ones, ones, linears)
 
