@@ -27,7 +27,9 @@ from fedllm.serving.versions import Versions
 from fedllm.serving.watch import AliasWatcher
 
 START_S = 60.0
-IN_FLIGHT = 4
+NARROW = 1
+"""Requests in flight at one engine where the signal says how many there are: all share these cores, and an engine that
+batches everything would leave nothing for a second one to do."""
 SPEED_UP = 20.0
 _LOOK_S = 0.25
 
@@ -158,13 +160,16 @@ class Fleet:
     scene : Scene
         What they serve.
     most : int
-        Most engines; with one, requests go straight to it.
+        Most engines.
+    in_flight : int, optional
+        Most requests at one engine; what does not fit waits in the queue that the signal sees. No limit by default.
     objective_s : float
         Seconds to the first token that the signal plans for.
     """
 
-    def __init__(self, scene: Scene, *, most: int, objective_s: float) -> None:
+    def __init__(self, scene: Scene, *, most: int, objective_s: float, in_flight: int | None = None) -> None:
         self._scene = scene
+        self._in_flight = in_flight
         self._most = most
         self._replicas: list[Replica] = []
         self._leaving: list[Replica] = []
@@ -205,7 +210,7 @@ class Fleet:
         """Hand out what waits, to the engine with the least in flight."""
         while self._queue:
             replica = min(self._replicas, key=lambda r: r.in_flight)
-            if self._most > 1 and replica.in_flight >= IN_FLIGHT:
+            if self._in_flight is not None and replica.in_flight >= self._in_flight:
                 return
             ask, due, end = self._queue.popleft()
             replica.in_flight += 1
