@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 from urllib.parse import quote
 
 import sqlalchemy as sa
@@ -36,6 +36,7 @@ from fedllm.serving.usage_rows import (
     day_of,
     month_of,
     month_start,
+    row_of,
     shown,
     tokens,
 )
@@ -282,7 +283,7 @@ class UsageStore:
 
     def _insert(self, records: Sequence[RequestRecord]) -> None:
         with writing(self._engine) as connection:
-            connection.execute(_usage.insert(), [_values(record) for record in records])
+            connection.execute(_usage.insert(), [row_of(record) for record in records])
         for record in records:
             self._written[account(record)] += tokens(record)
 
@@ -387,10 +388,6 @@ def _prepare(engine: sa.Engine, where: str, *, reading: bool) -> None:
         if not found:
             _metadata.create_all(connection)
             connection.execute(_schema.insert().values(version=SCHEMA))
-
-
-def _values(record: RequestRecord) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in FIELDS} | {"day": day_of(record.started)}
 
 
 def _within(since: float | None, until: float | None, tenant: str | None) -> list[sa.ColumnElement[bool]]:

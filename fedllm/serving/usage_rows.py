@@ -121,3 +121,8 @@ def _cell(name: str, value: Any) -> Any:
     if isinstance(value, str) and value.lstrip(" ").startswith(_FORMULA):
         return f"'{value}"
     return value
+
+
+def row_of(record: RequestRecord) -> dict[str, Any]:
+    """Return a record's columns, by name."""
+    return {name: getattr(record, name) for name in FIELDS} | {"day": day_of(record.started)}

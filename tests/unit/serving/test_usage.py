@@ -11,9 +11,6 @@ import sqlite3
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,47 +18,15 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patience import PATIENCE_S
+from unit.serving.usage_scene import DECEMBER, NOVEMBER, NOW, opened, record, stored, wait_until
 
 from fedllm.clock import FakeClock, SystemClock
-from fedllm.errors import ConfigError, NotFound, NotReady
+from fedllm.errors import ConfigError
 from fedllm.ids import sha256
 from fedllm.serving import usage as usage_module
 from fedllm.serving.records import RequestRecord
-from fedllm.serving.usage import FLUSH_S, UsageStore, open_usage
-from fedllm.serving.usage_rows import FIELDS, GROUPS, utc_seconds
-
-NOVEMBER = datetime(2026, 11, 1, tzinfo=UTC).timestamp()
-DECEMBER = datetime(2026, 12, 1, tzinfo=UTC).timestamp()
-NOW = datetime(2026, 11, 21, 12, tzinfo=UTC).timestamp()
-
-
-def record(**changed: object) -> RequestRecord:
-    """Return a record with some fields changed."""
-    fields = {
-        "id": "cmpl-1", "tenant": "acme", "key": "key-1", "route": "/v1/completions", "alias": "acme/tools",
-        "version": sha256(b"one"), "status": 200, "prompt_tokens": 10, "completion_tokens": 5, "cached_tokens": 2,
-        "started": NOW, "ttft_s": 0.5, "seconds": 1.5, "replica": "r1", "retries": 1, "trace": "0" * 32,
-    }  # fmt: skip
-    return RequestRecord(**{**fields, **changed})
-
-
-@contextmanager
-def opened(path: Path | str, clock: FakeClock | None = None) -> Iterator[UsageStore]:
-    """Open a store, and close it."""
-    store = open_usage(str(path), clock or FakeClock(NOW))
-    try:
-        yield store
-    finally:
-        asyncio.run(store.close())
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait for what the writer's thread does soon."""
-    end = time.monotonic() + PATIENCE_S
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+from fedllm.serving.usage import FLUSH_S, UsageStore
+from fedllm.serving.usage_rows import FIELDS, GROUPS
 
 
 def test_a_record_comes_back_as_it_went_in(tmp_path: Path) -> None:
@@ -324,7 +289,7 @@ def test_kill_9_loses_only_the_end(tmp_path: Path) -> None:
     child = subprocess.Popen([sys.executable, "-c", CHILD, str(path)])
     try:
         # Nobody flushes and nobody closes: what is read here was stored by the timer alone.
-        wait_until(lambda: path.exists() and _stored(path) >= 300)
+        wait_until(lambda: path.exists() and stored(path) >= 300)
     finally:
         child.kill()
         child.wait()
@@ -337,105 +302,6 @@ def test_kill_9_loses_only_the_end(tmp_path: Path) -> None:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()
     assert FLUSH_S <= 0.5, "a record waits this long, and as long as one commit: together within the second"
-
-
-def _stored(path: Path) -> int:
-    try:
-        with opened_reading(path) as store:
-            return store.totals()[0].requests if store.totals() else 0
-    except (ConfigError, NotFound, NotReady):
-        return 0
-
-
-@contextmanager
-def opened_reading(path: Path) -> Iterator[UsageStore]:
-    """Open a store to read it."""
-    store = open_usage(str(path), SystemClock(), reading=True)
-    try:
-        yield store
-    finally:
-        asyncio.run(store.close())
-
-
-def test_reading_makes_nothing(tmp_path: Path) -> None:
-    """There is no store, or a database of something else: it is said, and the folder is as it was."""
-    with pytest.raises(NotFound, match="there is no usage store"):
-        open_usage(str(tmp_path / "none.db"), FakeClock(NOW), reading=True)
-    other = tmp_path / "other.db"
-    with sqlite3.connect(other) as connection:
-        connection.execute("CREATE TABLE things (name TEXT)")
-    connection.close()
-    before = other.read_bytes()
-    with pytest.raises(NotFound, match="no usage tables"):
-        open_usage(str(other), FakeClock(NOW), reading=True)
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"other.db": before}
-
-
-def test_another_schema_is_refused(tmp_path: Path) -> None:
-    """A store of a later release is named with both versions, and not touched."""
-    path = tmp_path / "usage.db"
-    with opened(path):
-        pass
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE usage_schema SET version = 7")
-    connection.close()
-    for reading in (False, True):
-        with pytest.raises(ConfigError, match="has schema 7: 1 is known here"):
-            open_usage(str(path), FakeClock(NOW), reading=reading)
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "sqlite://",
-        "sqlite:///:memory:",
-        "sqlite:///x.db?mode=ro",
-        "nosuch://u:geheim@h/db",
-        "what://[",
-        "{tmp}",
-        "{tmp}/text",
-    ],
-)
-def test_what_is_no_store_is_a_clear_error(tmp_path: Path, address: str) -> None:
-    """Memory, options, an unknown database, a folder, a text file: a configuration error without a password."""
-    (tmp_path / "text").write_text("not a database " * 100)
-    with pytest.raises(ConfigError) as caught:
-        open_usage(address.format(tmp=tmp_path), FakeClock(NOW))
-    assert "geheim" not in f"{caught.value.message} {caught.value.hint}"
-
-
-def test_a_url_of_a_file_is_that_file(tmp_path: Path) -> None:
-    """A SQLAlchemy URL works as the path does, WAL included."""
-    with opened(f"sqlite:///{tmp_path / 'usage.db'}") as store:
-        store.observe(record())
-        wait_until(lambda: len(store.rows()) == 1)
-        assert (tmp_path / "usage.db-wal").exists()
-
-
-def test_the_tables_compile_for_other_databases() -> None:
-    """Names that are reserved elsewhere are quoted, and the row's number is a large one that counts up."""
-    from sqlalchemy.dialects import mysql, postgresql
-
-    made = str(sa.schema.CreateTable(usage_module._usage).compile(dialect=postgresql.dialect()))
-    assert "serial BIGSERIAL NOT NULL" in made
-    assert "started DOUBLE PRECISION" in made
-    assert "`key` VARCHAR(255)" in str(sa.schema.CreateTable(usage_module._usage).compile(dialect=mysql.dialect()))
-
-
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("2026-11-01", NOVEMBER), ("2026-11-01T00:00:00Z", NOVEMBER), ("2026-11-01T02:00:00+02:00", NOVEMBER)],
-)
-def test_moments_are_utc_unless_they_say_otherwise(text: str, seconds: float) -> None:
-    """The machine's own zone plays no part."""
-    assert utc_seconds(text, what="since") == seconds
-
-
-@pytest.mark.parametrize("text", ["", "yesterday", "2026-13-01", "1", "9999999999"])
-def test_a_moment_that_is_none_is_named(text: str) -> None:
-    """The error names what was given and how it should look."""
-    with pytest.raises(ConfigError, match="since is"):
-        utc_seconds(text, what="since")
 
 
 def test_a_clock_set_back_over_the_months_end_does_not_renew_the_budget(tmp_path: Path) -> None:
