@@ -55,7 +55,7 @@ def test_a_short_run_loses_nothing_and_prints_every_field(capsys: pytest.Capture
         part = found[name]
         assert (part["failed"], part["unanswered"], part["mixed_version"]) == (0, 0, 0)
         assert 0 < part["ttft_s_p50"] <= part["ttft_s_p99"]
-        assert 0 <= part["goodput"] <= part["trace"]["requests"] / part["seconds"] + 0.01
+        assert 0 <= part["goodput"] <= part["trace"]["requests"] / part["seconds"] * 1.002  # each has four digits
         assert 0 <= part["within_objectives"] <= 1
     assert found["poisson"]["trace"]["gamma"] == 1
     assert 1 <= found["autoscaled"]["signal"]["wanted_mean"] <= 3

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from unit.kernels.interpreter import with_loops
 
 FILES = sorted(Path(__file__).parent.glob("test_triton_*.py"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="they run on the GPU, in this process")
+@with_loops
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_in_the_interpreter(file: Path) -> None:
     """Every test of the file passes, and there is one."""

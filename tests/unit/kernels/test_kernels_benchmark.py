@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from unit.kernels.interpreter import with_loops
 
 from benchmarks import kernels
 from benchmarks.document import NOT_MEASURED, GateFailed
@@ -31,6 +32,7 @@ def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -
     assert "timings" not in found
 
 
+@with_loops
 def test_the_interpreter_runs_the_gates() -> None:
     """One small case of each popularity agrees with the specification; times stay unmeasured."""
     code = (
