@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import tiny
+from httpx._config import DEFAULT_TIMEOUT_CONFIG
 from hypothesis import settings
+from patience import PATIENCE_S
 
 # The same examples on every run, so that a red run is the change's own doing. `make explore` looks for new ones.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.register_profile("explore", deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# httpx gives up after five seconds where nobody says otherwise; a shared machine stands still for longer.
+for _part in ("connect", "read", "write", "pool"):
+    setattr(DEFAULT_TIMEOUT_CONFIG, _part, PATIENCE_S)
 
 
 @pytest.fixture(scope="session")

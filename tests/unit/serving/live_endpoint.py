@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+from patience import PATIENCE_S
 from unit.serving.registry_fake import FakeSource, make_version
 from unit.serving.tiny_llama import make_adapter, make_forcing_adapter, running_engine
 
@@ -103,10 +104,10 @@ def live_endpoint(
         yield world
     finally:
         world.server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE_S)
 
 
-def wait_idle(world: SimpleNamespace, seconds: float = 10.0) -> None:
+def wait_idle(world: SimpleNamespace, seconds: float = PATIENCE_S) -> None:
     """Wait until nothing runs and nothing waits in the engine."""
     end = time.monotonic() + seconds
     while (stats := world.engine.stats()).running or stats.waiting:

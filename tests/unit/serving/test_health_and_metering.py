@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from patience import PATIENCE_S
 from unit.serving.live_endpoint import live_endpoint, wait_idle
 
 from fedllm.serving.tenants import create_tenant
@@ -55,7 +56,7 @@ def counted(live) -> dict[str, int]:
 
 def wait_counted(live, name: str) -> dict[str, int]:
     """Wait until a counter is there."""
-    end = time.monotonic() + 10
+    end = time.monotonic() + PATIENCE_S
     while name not in (found := counted(live)):
         assert time.monotonic() < end, found
         time.sleep(0.02)
@@ -101,8 +102,8 @@ def test_a_dead_engine_is_unhealthy(live, monkeypatch) -> None:
         raise RuntimeError
 
     live.engine._commands.put(fail)
-    live.engine._thread.join(10)
-    end = time.monotonic() + 10
+    live.engine._thread.join(PATIENCE_S)
+    end = time.monotonic() + PATIENCE_S
     while live.engine.stats().alive:
         assert time.monotonic() < end
         time.sleep(0.01)

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import httpx
 import pytest
+from patience import PATIENCE_S
 from unit.serving.live_endpoint import live_endpoint, wait_idle
 
 CONNECTIONS = 1000
@@ -66,7 +67,7 @@ def connect(live, **options: int) -> socket.socket:
     made = socket.socket()
     for name, value in options.items():
         made.setsockopt(socket.SOL_SOCKET, getattr(socket, name), value)
-    made.settimeout(10)
+    made.settimeout(PATIENCE_S)
     made.connect(("127.0.0.1", live.port))
     return made
 
@@ -79,7 +80,7 @@ def read_all(connection: socket.socket) -> bytes:
     return data
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 30.0) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = PATIENCE_S) -> None:
     """Wait for something that must become true."""
     end = time.monotonic() + seconds
     while not true():
@@ -98,7 +99,7 @@ def test_a_client_that_never_reads_is_cut_off_and_stalls_nobody(live, caplog) ->
         deaf.sendall(request_bytes(live, LONG_STREAM))
         wait_until(lambda: live.engine.stats().running > 0)
         start = time.monotonic()
-        assert post(live, {"max_tokens": 2}, timeout=20).status_code == 200
+        assert post(live, {"max_tokens": 2}, timeout=PATIENCE_S).status_code == 200
         assert time.monotonic() - start < 15
         wait_until(lambda: "reader-stalled" in [record.getMessage() for record in caplog.records])
         wait_until(lambda: not live.engine._slots.requests(live.new))
@@ -166,7 +167,7 @@ def test_a_body_that_never_ends_is_refused_in_time(live) -> None:
 def test_a_body_too_long_is_refused_with_the_limit(live, size) -> None:
     """A little too long is read to its end to be answered; far too long is answered and closed."""
     try:
-        answer = post(live, {"messages": [{"role": "user", "content": "x" * size}]}, timeout=20)
+        answer = post(live, {"messages": [{"role": "user", "content": "x" * size}]}, timeout=PATIENCE_S)
     except httpx.TransportError:
         assert size > 8_000_000  # closed while it was still sending
         return
@@ -178,12 +179,12 @@ def test_a_prompt_of_a_megabyte_is_refused_while_others_are_served(live) -> None
     """It is counted off the event loop: small requests go on, and the refusal names tokens and limit."""
     answers: list[httpx.Response] = []
     body = {"messages": [{"role": "user", "content": "hello w" * 145_000}]}
-    thread = threading.Thread(target=lambda: answers.append(post(live, body, timeout=30)))
+    thread = threading.Thread(target=lambda: answers.append(post(live, body, timeout=PATIENCE_S)))
     thread.start()
     waits = []
     while thread.is_alive():
         start = time.monotonic()
-        httpx.get(f"{live.url}/health")
+        httpx.get(f"{live.url}/health", timeout=PATIENCE_S)
         waits.append(time.monotonic() - start)
     assert answers[0].status_code == 400
     assert "512 at most" in answers[0].json()["error"]["message"]

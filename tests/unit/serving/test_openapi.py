@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from patience import PATIENCE_S
 from unit.serving.live_endpoint import live_endpoint, wait_idle
 
 from fedllm.serving.openapi import openapi_document
@@ -52,7 +53,10 @@ def test_no_request_of_the_document_fails_the_endpoint(live, path, method, mode)
             case.body["max_tokens"] = 3
             case.body.pop("max_completion_tokens", None)
         answer = case.call(
-            base_url=live.url, headers={"authorization": f"Bearer {live.key}"}, timeout=20, allow_redirects=False
+            base_url=live.url,
+            headers={"authorization": f"Bearer {live.key}"},
+            timeout=PATIENCE_S,
+            allow_redirects=False,
         )
         seen.add(answer.status_code)
         assert answer.status_code < 500, (answer.text, case.body)

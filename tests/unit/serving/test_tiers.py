@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 from unit.serving.registry_fake import FakeSource, make_version, with_manifest_of
 from unit.serving.tiny_llama import BASE, MODULES, make_adapter, make_forcing_adapter, running_engine
 
@@ -149,7 +150,7 @@ def test_a_cold_version_is_served_beside_hot_ones_that_never_stop(tiny_folder, d
             hammers = [asyncio.create_task(hammer(d)) for d in hot for _ in range(3)]
             await asyncio.sleep(0.1)
             for _ in range(3):
-                assert await asyncio.wait_for(say(engine, await versions.tiers.lease(cold)), 20) == [77] * 4
+                assert await asyncio.wait_for(say(engine, await versions.tiers.lease(cold)), PATIENCE_S) == [77] * 4
             stop.set()
             assert min(await asyncio.gather(*hammers)) > 0
 

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from types import SimpleNamespace
 
 import httpx
+from patience import PATIENCE_S
 from unit.serving.registry_fake import FakeSource, make_version
 from unit.serving.tiny_llama import BASE, make_adapter, make_forcing_adapter, running_engine
 
@@ -262,7 +263,7 @@ def test_a_cold_adapter_behind_a_hot_one_is_served_within_the_bound(tiny_folder,
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0.06)
             overdue = len(order)
-            answer = await asyncio.wait_for(asking, 20)
+            answer = await asyncio.wait_for(asking, PATIENCE_S)
             assert answer.json()["choices"][0]["token_ids"] == [54] * 4
             # Those of the hot version that ran when patience ended may end first: three clients, three requests.
             assert len(order) - overdue <= 3
