@@ -179,7 +179,8 @@ def test_a_coordinator_killed_in_mid_exchange_gets_the_answer_after_its_restart(
             async with asyncio.timeout(PATIENCE_S):
                 while process.alive():  # noqa: ASYNC110 - a process has no event
                     await asyncio.sleep(0.05)
-            assert (process.returncode, log.read_text()) == (0, "answer 2\n")
+            # gRPC's server may write of a call that its end has cancelled into the same log
+            assert (process.returncode, log.read_text().partition("\n")[0]) == (0, "answer 2")
             assert heard == [b"same request"] * 2
         finally:
             await asyncio.to_thread(process.terminate)
